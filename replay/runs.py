@@ -1,0 +1,213 @@
+"""The run directory: what a run leaves behind, live or simulated, and how it is read.
+
+    <run>/run.json                manifest, written before the first send and completed at the end (see ``Manifest``)
+    <run>/plan.parquet            the shaped schedule: what should have been sent, one row a request
+    <run>/spool/*.outcomes        fixed-size records (``records.OUTCOME_DTYPE``), appended by the senders
+    <run>/requests/*.parquet      the same as Parquet parts, made by the recorder: part-<spool>-<first>-<end>.parquet
+    <run>/spans.jsonl             OTLP-JSON of the sampled traces, where no endpoint is set
+    <run>/gaps.json               run-wide histogram of gaps between chunks: {"edges_s": [...], "counts": [...]}
+    <run>/gateway/run.json        the gateway's own clock: {"started_at_unix_ns": ...}
+    <run>/gateway/fleet.log       the input log of the Fleet (replay.inputs)
+    <run>/gateway/spool/*.outcomes, *.states     the gateway's records and ``FleetState`` samples
+    <run>/gateway/requests/*.parquet             rows of requests whose client keeps none
+    <run>/gateway/states.parquet                 the time line (simulated runs write it directly)
+    <run>/gateway/lifetimes.jsonl                one line per change of a replica's life, folded on reading
+
+A killed run is readable: rows are the Parquet parts plus whatever the spools hold beyond them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from replay.errors import InputError
+from replay.records import (
+    FLEET_STATE_DTYPE,
+    ORIGINS,
+    OUTCOME_DTYPE,
+    PHASES,
+    QUEUE_REASONS,
+    STATUSES,
+    ReplicaLifetime,
+    trace_id,
+)
+
+SCHEMA_VERSION: Final = 1
+Array = npt.NDArray[Any]
+
+# run.json. Keys of a manifest and what they hold:
+#   schema, id, kind ("live" | "simulated"), ground {"kind": "fleet" | "stand-in" | "random-weights" | "simulated", "detail": str}
+#   policy {"name": str, "spec": {...}}, trace {"name", "sha256", "rows", "shaping": {...}}, seed, repeat
+#   slo {"ttft_s": float, "tpot_s": float, "e2e_s": float} (terms that are set), prices {"usd_per_gpu_hour", "gpu", "source", "date"}
+#   started_at_unix_ns, planned_ns (span of the schedule), drain_ns, versions {package: version}
+#   ended {"at_ns", "reason"} (absent: killed), validity {"valid": bool, "reasons": [...], figures...}
+Manifest = dict[str, Any]
+
+# Static columns that rows take from the plan by request_id, with their name in the plan.
+_FROM_PLAN: Final = {
+    "recorded_prompt_tokens": "prompt_tokens", "recorded_output_tokens": "output_tokens", "turn": "turn", "priority": "priority",
+    "session_id": "session_id", "tenant": "tenant", "model": "model",
+}  # fmt: skip
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` in one step, so that a reader or a crash never sees half of it."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def outcomes_to_table(records: Array, run_id: str, plan: pa.Table | None) -> pa.Table:
+    """Fixed-size records (dtype OUTCOME_DTYPE) as the documented columns; -1 becomes null, codes become words.
+
+    ``plan`` (row i is request_id i) adds what the trace knew; without it those columns come from the record or are null.
+    """
+    columns: dict[str, pa.Array] = {"request_id": pa.array(records["request_id"].astype(np.int64))}
+    derived = records["trace_lo"] == 0
+    high, low = records["trace_hi"], records["trace_lo"]
+    columns["trace_id"] = pa.array(
+        [
+            f"{trace_id(run_id, int(request)):032x}" if is_derived else f"{int(hi):016x}{int(lo):016x}"
+            for request, is_derived, hi, lo in zip(records["request_id"], derived, high, low, strict=True)
+        ],
+        pa.string(),
+    )
+    words = {"status": STATUSES, "queue_reason": QUEUE_REASONS, "origin": ORIGINS}
+    for name in OUTCOME_DTYPE.names or ():
+        values = records[name]
+        if name in words:
+            columns[name] = pa.DictionaryArray.from_arrays(pa.array(values.astype(np.int8)), list(words[name])).cast(pa.string())
+        elif name in ("tenant", "model", "session_id", "detail"):
+            columns[name] = pa.array([v.decode("utf-8", "replace") or None for v in values.tolist()], pa.string())
+        elif name not in ("request_id", "trace_hi", "trace_lo", "parent_span"):
+            columns[name] = pa.array(values, mask=values == -1)
+    if plan is not None:
+        rows = plan.take(columns["request_id"])
+        for name, source in _FROM_PLAN.items():
+            if source in rows.column_names:
+                columns[name] = rows[source].combine_chunks()
+    for name in _FROM_PLAN:
+        columns.setdefault(name, pa.nulls(len(records), pa.int64()))
+    return pa.table(columns)
+
+
+def read_spool(path: Path, dtype: np.dtype[Any], start: int = 0) -> Array:
+    """Whole records of an append-only spool from record ``start`` on; half a record at the end (a kill) is left out."""
+    with path.open("rb") as spool:
+        spool.seek(start * dtype.itemsize)
+        raw = spool.read()
+    return np.frombuffer(raw, dtype=dtype, count=len(raw) // dtype.itemsize)
+
+
+class RunDir:
+    """One run's directory: create it, complete it, read it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Manifest, plan: pa.Table | None = None) -> RunDir:
+        """A new run directory; refuses one that holds a run already (nothing recorded is ever overwritten)."""
+        run = cls(path)
+        if (run.path / "run.json").exists():
+            raise InputError("holds a run already", where=str(path), rule="a run is never overwritten", fix="choose another --run-dir")
+        for folder in ("spool", "requests"):
+            (run.path / folder).mkdir(parents=True, exist_ok=True)
+        if plan is not None:
+            pq.write_table(plan, run.path / "plan.parquet")
+        run.write_manifest({"schema": SCHEMA_VERSION, **manifest})
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        run = cls(path)
+        if not (run.path / "run.json").is_file():
+            raise InputError("is no run directory: run.json is missing", where=str(path), fix="name a folder under runs/")
+        if (found := run.manifest.get("schema")) != SCHEMA_VERSION:
+            raise InputError(f"has schema {found}", where=str(path), rule=f"schema {SCHEMA_VERSION}", fix="use the version that wrote it")
+        return run
+
+    @property
+    def manifest(self) -> Manifest:
+        try:
+            loaded: Manifest = json.loads((self.path / "run.json").read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"is not JSON: {error}", where=str(self.path / "run.json")) from error
+        return loaded
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_atomically(self.path / "run.json", json.dumps(manifest, indent=1) + "\n")
+
+    def update_manifest(self, **changes: Any) -> None:
+        self.write_manifest({**self.manifest, **changes})
+
+    def plan(self) -> pa.Table | None:
+        path = self.path / "plan.parquet"
+        return pq.read_table(path) if path.exists() else None
+
+    def outcomes(self) -> pa.Table:
+        """Every recorded row: Parquet parts plus what the spools hold beyond them."""
+        parts = sorted((self.path / "requests").glob("part-*.parquet"))
+        tables = [pq.read_table(part) for part in parts]
+        manifest, plan = self.manifest, self.plan()
+        for spool in sorted((self.path / "spool").glob("*.outcomes")):
+            rest = read_spool(spool, OUTCOME_DTYPE, start=recorded_until(parts, spool))
+            if len(rest):
+                tables.append(outcomes_to_table(rest, manifest["id"], plan))
+        return pa.concat_tables(tables, promote_options="permissive") if tables else outcomes_to_table(
+            np.empty(0, OUTCOME_DTYPE), manifest["id"], None
+        )  # fmt: skip
+
+    def states(self) -> Array:
+        """The fleet's time line (FLEET_STATE_DTYPE), instants on the run's clock; empty where no gateway of ours was in the path."""
+        parquet = self.path / "gateway" / "states.parquet"
+        if parquet.exists():
+            table = pq.read_table(parquet)
+            states = np.empty(len(table), FLEET_STATE_DTYPE)
+            for name in FLEET_STATE_DTYPE.names or ():
+                states[name] = table[name].to_numpy()
+            return states
+        spools = sorted((self.path / "gateway" / "spool").glob("*.states"))
+        states = np.concatenate([read_spool(spool, FLEET_STATE_DTYPE) for spool in spools] or [np.empty(0, FLEET_STATE_DTYPE)])
+        states["at_ns"] += self.gateway_offset_ns()
+        return states
+
+    def lifetimes(self) -> list[ReplicaLifetime]:
+        """Replica lifetimes on the run's clock, folded from the gateway's change log."""
+        path, offset = self.path / "gateway" / "lifetimes.jsonl", self.gateway_offset_ns()
+        folded: dict[int, dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            change = json.loads(line)
+            folded.setdefault(change["replica_id"], dict.fromkeys(ReplicaLifetime._fields)).update(change)
+        for life in folded.values():
+            for name in ("requested_at_ns", "ready_at_ns", "stopped_at_ns"):
+                life[name] = None if life[name] is None else life[name] + offset
+        return [ReplicaLifetime(**life) for life in folded.values()]
+
+    def gateway_offset_ns(self) -> int:
+        """What to add to an instant of the gateway's clock to get one of the run's clock."""
+        path = self.path / "gateway" / "run.json"
+        if not path.exists():
+            return 0
+        started: int = json.loads(path.read_text())["started_at_unix_ns"]
+        return started - int(self.manifest["started_at_unix_ns"])
+
+
+def recorded_until(parts: list[Path], spool: Path) -> int:
+    """The first record of ``spool`` that no Parquet part holds yet; parts are named part-<spool>-<first>-<end>.parquet."""
+    pattern = re.compile(rf"part-{re.escape(spool.stem)}-\d+-(\d+)\.parquet")
+    return max((int(match[1]) for part in parts if (match := pattern.fullmatch(part.name))), default=0)
+
+
+def phase_columns() -> list[str]:
+    """The row's phase columns, in order; they sum to done_at_ns - scheduled_at_ns."""
+    return [f"{name}_ns" for name in PHASES]
