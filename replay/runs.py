@@ -150,22 +150,22 @@ class RunDir:
     def update_manifest(self, **changes: Any) -> None:
         self.write_manifest({**self.manifest, **changes})
 
-    def plan(self) -> pa.Table | None:
+    def plan(self, columns: list[str] | None = None) -> pa.Table | None:
+        """The schedule; ``columns`` (those it has of them) where not all are needed."""
         path = self.path / "plan.parquet"
-        return pq.read_table(path) if path.exists() else None
+        return _read_columns(path, columns) if path.exists() else None
 
-    def outcomes(self) -> pa.Table:
-        """Every recorded row: Parquet parts plus what the spools hold beyond them."""
+    def outcomes(self, columns: list[str] | None = None) -> pa.Table:
+        """Every recorded row: Parquet parts plus what the spools hold beyond them; all columns, or those of ``columns``."""
         parts = sorted((self.path / "requests").glob("part-*.parquet"))
-        tables = [pq.read_table(part) for part in parts]
-        manifest, plan = self.manifest, self.plan()
-        for spool in sorted((self.path / "spool").glob("*.outcomes")):
-            rest = read_spool(spool, OUTCOME_DTYPE, start=recorded_until(parts, spool))
-            if len(rest):
-                tables.append(outcomes_to_table(rest, manifest["id"], plan))
-        return pa.concat_tables(tables, promote_options="permissive") if tables else outcomes_to_table(
-            np.empty(0, OUTCOME_DTYPE), manifest["id"], None
-        )  # fmt: skip
+        spools = sorted((self.path / "spool").glob("*.outcomes"))
+        rest = [read_spool(spool, OUTCOME_DTYPE, start=recorded_until(parts, spool)) for spool in spools]
+        unread = np.concatenate([*rest, np.empty(0, OUTCOME_DTYPE)])
+        tables = [_read_columns(part, columns) for part in parts]
+        if len(unread) or not parts:
+            table = outcomes_to_table(unread, self.manifest["id"], self.plan())
+            tables.append(table if columns is None else table.select([c for c in columns if c in table.column_names]))
+        return pa.concat_tables(tables, promote_options="permissive")
 
     def states(self) -> Array:
         """The fleet's time line (FLEET_STATE_DTYPE), instants on the run's clock; empty where no gateway of ours was in the path."""
@@ -200,6 +200,12 @@ class RunDir:
             return 0
         started: int = json.loads(path.read_text())["started_at_unix_ns"]
         return started - int(self.manifest["started_at_unix_ns"])
+
+
+def _read_columns(path: Path, columns: list[str] | None) -> pa.Table:
+    """A Parquet file, or those of ``columns`` that it has."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns if columns is None else [c for c in columns if c in file.schema_arrow.names])
 
 
 def recorded_until(parts: list[Path], spool: Path) -> int:
