@@ -104,10 +104,10 @@ class Outcome(NamedTuple):
 
 _TEXT: Final = {"tenant": 32, "model": 64, "session_id": 40, "detail": 96}
 _CODES: Final = {
-    **{name: ("i4", "i") for name in ("chunks", "prompt_tokens", "output_tokens", "cached_tokens", "first_chunk_tokens",
-                                      "tokens_lost", "replica_id", "decode_replica_id", "http_status")},
-    **{name: ("u1", "B") for name in ("attempts", "status", "queue_reason", "origin")},
-    **{name: ("u8", "Q") for name in ("request_id", "trace_hi", "trace_lo", "parent_span")},
+    **dict.fromkeys(("chunks", "prompt_tokens", "output_tokens", "cached_tokens", "first_chunk_tokens"), ("i4", "i")),
+    **dict.fromkeys(("tokens_lost", "replica_id", "decode_replica_id", "http_status"), ("i4", "i")),
+    **dict.fromkeys(("attempts", "status", "queue_reason", "origin"), ("u1", "B")),
+    **dict.fromkeys(("request_id", "trace_hi", "trace_lo", "parent_span"), ("u8", "Q")),
     **{name: (f"S{size}", f"{size}s") for name, size in _TEXT.items()},
 }  # fmt: skip
 # Every field that is not listed above is an instant or a duration: a signed 64-bit integer.
@@ -131,9 +131,7 @@ class FleetState(NamedTuple):
     usd_per_hour: float  # of all replicas requested and not stopped
 
 
-FLEET_STATE_DTYPE: Final = np.dtype(
-    [(name, "<f8" if name == "usd_per_hour" else "<i8") for name in FleetState._fields]
-)
+FLEET_STATE_DTYPE: Final = np.dtype([(name, "<f8" if name == "usd_per_hour" else "<i8") for name in FleetState._fields])
 FLEET_STATE_STRUCT: Final = struct.Struct("<9qd")
 assert FLEET_STATE_STRUCT.size == FLEET_STATE_DTYPE.itemsize
 

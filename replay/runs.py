@@ -45,7 +45,8 @@ SCHEMA_VERSION: Final = 1
 Array = npt.NDArray[Any]
 
 # run.json. Keys of a manifest and what they hold:
-#   schema, id, kind ("live" | "simulated"), ground {"kind": "fleet" | "stand-in" | "random-weights" | "simulated", "detail": str}
+#   schema, id, kind ("live" | "simulated"), ground
+#   {"kind": "fleet" | "stand-in" | "random-weights" | "simulated", "detail": str}
 #   policy {"name": str, "spec": {...}}, trace {"name", "sha256", "rows", "shaping": {...}}, seed, repeat
 #   slo {"ttft_s": float, "tpot_s": float, "e2e_s": float} (terms that are set), prices {"usd_per_gpu_hour", "gpu", "source", "date"}
 #   started_at_unix_ns, planned_ns (span of the schedule), drain_ns, versions {package: version}
@@ -119,7 +120,12 @@ class RunDir:
         """A new run directory; refuses one that holds a run already (nothing recorded is ever overwritten)."""
         run = cls(path)
         if (run.path / "run.json").exists():
-            raise InputError("holds a run already", where=str(path), rule="a run is never overwritten", fix="choose another --run-dir")
+            raise InputError(
+                "holds a run already",
+                where=str(path),
+                rule="a run is never overwritten",
+                fix="choose another --run-dir",
+            )
         for folder in ("spool", "requests"):
             (run.path / folder).mkdir(parents=True, exist_ok=True)
         if plan is not None:
@@ -133,7 +139,12 @@ class RunDir:
         if not (run.path / "run.json").is_file():
             raise InputError("is no run directory: run.json is missing", where=str(path), fix="name a folder under runs/")
         if (found := run.manifest.get("schema")) != SCHEMA_VERSION:
-            raise InputError(f"has schema {found}", where=str(path), rule=f"schema {SCHEMA_VERSION}", fix="use the version that wrote it")
+            raise InputError(
+                f"has schema {found}",
+                where=str(path),
+                rule=f"schema {SCHEMA_VERSION}",
+                fix="use the version that wrote it",
+            )
         return run
 
     @property
@@ -168,7 +179,7 @@ class RunDir:
         return pa.concat_tables(tables, promote_options="permissive")
 
     def states(self) -> Array:
-        """The fleet's time line (FLEET_STATE_DTYPE), instants on the run's clock; empty where no gateway of ours was in the path."""
+        """The fleet's time line (FLEET_STATE_DTYPE), instants on the run's clock; empty where our gateway was not in the path."""
         parquet = self.path / "gateway" / "states.parquet"
         if parquet.exists():
             table = pq.read_table(parquet)

@@ -47,7 +47,11 @@ class Balancer(Protocol):
         """The set of ready replicas changed: rebuild ring, tree, weights."""
 
     def pick(
-        self, now_ns: int, request: Request, replicas: Sequence[ReplicaView], note: list[tuple[int, float]] | None = None
+        self,
+        now_ns: int,
+        request: Request,
+        replicas: Sequence[ReplicaView],
+        note: list[tuple[int, float]] | None = None,
     ) -> int | None:
         """Index into ``replicas`` (ready, with a free slot, never empty), or None to hold the request in the queue.
 
