@@ -14,16 +14,12 @@ An unknown key fails with its place and the allowed names. Validation is pydanti
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from random import Random
-from typing import Any, Final, Literal, get_type_hints
-
-import pydantic
-import yaml
+from typing import Any, Final, Literal
 
 from replay.errors import InputError
 from replay.fleet import Policy
@@ -31,6 +27,7 @@ from replay.policies.autoscalers import AUTOSCALERS
 from replay.policies.balancers import BALANCERS
 from replay.policies.limiters import LIMITERS
 from replay.policies.queues import QUEUES
+from replay.strict import Lines, model, parameters, parse_yaml, place, read_bounded
 
 ROLES: Final[dict[str, Mapping[str, type]]] = {
     "balancer": BALANCERS,
@@ -39,9 +36,6 @@ ROLES: Final[dict[str, Mapping[str, type]]] = {
     "autoscaler": AUTOSCALERS,
 }
 DEFAULT_KINDS: Final = {"balancer": "round_robin", "queue": "fifo", "limiter": "unlimited", "autoscaler": "fixed"}
-_STRICT: Final = pydantic.ConfigDict(extra="forbid", strict=True)
-YAML_MAX_BYTES: Final = 1 << 20
-Lines = dict[tuple[str | int, ...], int]  # key path -> line, for errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +60,6 @@ class PolicySpec:
     slots_per_replica: int | Literal["unlimited"] = "unlimited"
     attempts_max: int = 2
     description: str = ""
-
-
-@functools.cache
-def _model(cls: type) -> type[pydantic.BaseModel]:
-    """A strict model of one class's parameters: its init fields, so that a policy's state never becomes a key."""
-    hints = get_type_hints(cls)
-    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls) if f.init}
-    return pydantic.create_model(cls.__name__, __config__=_STRICT, __doc__=cls.__doc__, **fields)
-
-
-def _parameters(cls: type, given: Any, where: str, lines: Lines, path: tuple[str | int, ...]) -> dict[str, Any]:
-    """The parameters of ``cls`` with its defaults filled in, checked by type and then by its own ``__post_init__``."""
-    model = _model(cls)
-    try:
-        filled = model.model_validate(given).model_dump()
-        cls(**filled)
-    except InputError as error:
-        at = place(where, lines, (*path, error.where) if error.where else path)
-        raise InputError(error.what, where=at, rule=error.rule, fix=error.fix) from error
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        at = place(where, lines, (*path, *first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise InputError("unknown key", where=at, rule=f"one of {', '.join(model.model_fields) or 'none'}") from error
-        raise InputError(f"is {first['input']!r}", where=at, rule=first["msg"]) from error
-    return filled
 
 
 def load(source: str | Path) -> PolicySpec:
@@ -121,55 +89,6 @@ def preset_names() -> Iterator[str]:
     yield from sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_bounded(path: Path) -> str:
-    """A text file of at most 1 MiB; one clear error where it is missing, no text or too large."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(YAML_MAX_BYTES + 1)
-        if len(raw) > YAML_MAX_BYTES:
-            raise InputError("is larger than 1 MiB", where=str(path))
-        return raw.decode()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=str(path)) from error
-
-
-def parse_yaml(text: str, where: str) -> tuple[Any, Lines]:
-    """The document and the line of every key in it, so that a later error can point at its place."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
-        raise InputError(f"is not YAML: {getattr(error, 'problem', None) or error}", where=place) from error
-    lines: Lines = {}
-
-    def walk(node: yaml.Node, path: tuple[str | int, ...], depth: int) -> None:
-        if depth > 50:
-            raise InputError("nests deeper than 50 levels", where=where)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                lines[(*path, key.value)] = key.start_mark.line + 1
-                walk(value, (*path, key.value), depth + 1)
-        elif isinstance(node, yaml.SequenceNode):
-            for i, value in enumerate(node.value):
-                lines[(*path, i)] = value.start_mark.line + 1
-                walk(value, (*path, i), depth + 1)
-
-    if node is not None:
-        walk(node, (), 0)
-    return document, lines
-
-
-def place(where: str, lines: Lines, path: tuple[str | int, ...]) -> str:
-    """``file.yaml:7 autoscaler.target``: the nearest line known for that key."""
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    key = ".".join(str(part) for part in path)
-    return " ".join(part for part in (f"{where}:{line}" if line else where, key) if part)
-
-
 def from_dict(document: Any, *, where: str = "policy", lines: Lines | None = None, default_name: str = "policy") -> PolicySpec:
     """A validated spec from plain data; ``InputError`` with place, rule and allowed names otherwise."""
     lines = lines or {}
@@ -194,7 +113,7 @@ def from_dict(document: Any, *, where: str = "policy", lines: Lines | None = Non
     attempts = document.get("attempts_max", 2)
     if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
         raise InputError(f"is {attempts!r}", where=place(where, lines, ("attempts_max",)), rule="a number of at least 1")
-    replicas = Replicas(**_parameters(Replicas, document.get("replicas", {}), where, lines, ("replicas",)))
+    replicas = Replicas(**parameters(Replicas, document.get("replicas", {}), where, lines, ("replicas",)))
     name, description = document.get("name", default_name), document.get("description", "")
     for key, value in (("name", name), ("description", description)):
         if not isinstance(value, str):
@@ -204,10 +123,10 @@ def from_dict(document: Any, *, where: str = "policy", lines: Lines | None = Non
 
 def _role(role: str, written: Any, where: str, lines: Lines) -> tuple[str, dict[str, Any]]:
     kinds = ROLES[role]
-    parameters = {"kind": written} if isinstance(written, str) else written
-    if not isinstance(parameters, dict) or "kind" not in parameters:
+    document = {"kind": written} if isinstance(written, str) else written
+    if not isinstance(document, dict) or "kind" not in document:
         raise InputError("has no kind", where=place(where, lines, (role,)), rule=f"kind: one of {', '.join(kinds)}")
-    kind = parameters["kind"]
+    kind = document["kind"]
     if kind not in kinds:
         raise InputError(
             f"unknown kind {kind!r}",
@@ -215,8 +134,8 @@ def _role(role: str, written: Any, where: str, lines: Lines) -> tuple[str, dict[
             rule=f"one of {', '.join(kinds)}",
             fix="tidegauge policies",
         )
-    given = {key: value for key, value in parameters.items() if key != "kind"}
-    return kind, _parameters(kinds[kind], given, where, lines, (role,))
+    given = {key: value for key, value in document.items() if key != "kind"}
+    return kind, parameters(kinds[kind], given, where, lines, (role,))
 
 
 def to_dict(spec: PolicySpec) -> dict[str, Any]:
@@ -224,7 +143,7 @@ def to_dict(spec: PolicySpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         **({"description": spec.description} if spec.description else {}),
-        **{role: {"kind": kind, **parameters} for role, (kind, parameters) in spec.roles.items()},
+        **{role: {"kind": kind, **given} for role, (kind, given) in spec.roles.items()},
         "replicas": {"min": spec.replicas.min, "max": spec.replicas.max},
         "slots_per_replica": spec.slots_per_replica,
         "attempts_max": spec.attempts_max,
@@ -234,8 +153,8 @@ def to_dict(spec: PolicySpec) -> dict[str, Any]:
 def build(spec: PolicySpec, seed: int) -> Policy:
     """Fresh objects of a spec. Each role that draws gets a stream of its own, so that roles do not disturb each other."""
     parts: dict[str, Any] = {}
-    for role, (kind, parameters) in spec.roles.items():
-        part = parts[role] = ROLES[role][kind](**parameters)
+    for role, (kind, given) in spec.roles.items():
+        part = parts[role] = ROLES[role][kind](**given)
         if any(f.name == "rng" for f in dataclasses.fields(part)):
             part.rng = Random(f"{seed}/{role}")
     slots = None if spec.slots_per_replica == "unlimited" else spec.slots_per_replica
@@ -253,7 +172,7 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a policy file, for editors: one branch per kind, with its parameters and text."""
 
     def branch(kind: str, cls: type) -> dict[str, Any]:
-        schema = _model(cls).model_json_schema()
+        schema = model(cls).model_json_schema()
         properties = {"kind": {"const": kind}, **schema.get("properties", {})}
         return {
             "type": "object",
