@@ -96,6 +96,7 @@ class Outcome(NamedTuple):
     status: int = ERROR
     queue_reason: int = 0
     origin: int = 0
+    kept_by_client: int = 0  # 1 in a gateway's spool where the client keeps the row and the spans: count it, make none
     tenant: bytes = b""
     model: bytes = b""
     session_id: bytes = b""
@@ -106,7 +107,7 @@ _TEXT: Final = {"tenant": 32, "model": 64, "session_id": 40, "detail": 96}
 _CODES: Final = {
     **dict.fromkeys(("chunks", "prompt_tokens", "output_tokens", "cached_tokens", "first_chunk_tokens"), ("i4", "i")),
     **dict.fromkeys(("tokens_lost", "replica_id", "decode_replica_id", "http_status"), ("i4", "i")),
-    **dict.fromkeys(("attempts", "status", "queue_reason", "origin"), ("u1", "B")),
+    **dict.fromkeys(("attempts", "status", "queue_reason", "origin", "kept_by_client"), ("u1", "B")),
     **dict.fromkeys(("request_id", "trace_hi", "trace_lo", "parent_span"), ("u8", "Q")),
     **{name: (f"S{size}", f"{size}s") for name, size in _TEXT.items()},
 }  # fmt: skip

@@ -71,7 +71,9 @@ def outcomes_to_table(records: Array, run_id: str, plan: pa.Table | None) -> pa.
     """Fixed-size records (dtype OUTCOME_DTYPE) as the documented columns; -1 becomes null, codes become words.
 
     ``plan`` (row i is request_id i) adds what the trace knew; without it those columns come from the record or are null.
+    Records that the client keeps (in a gateway's spool) make no rows: the client's own record does.
     """
+    records = records[records["kept_by_client"] == 0]
     columns: dict[str, pa.Array] = {"request_id": pa.array(records["request_id"].astype(np.int64))}
     derived = records["trace_lo"] == 0
     high, low = records["trace_hi"], records["trace_lo"]
@@ -89,7 +91,7 @@ def outcomes_to_table(records: Array, run_id: str, plan: pa.Table | None) -> pa.
             columns[name] = pa.DictionaryArray.from_arrays(pa.array(values.astype(np.int8)), list(words[name])).cast(pa.string())
         elif name in ("tenant", "model", "session_id", "detail"):
             columns[name] = pa.array([v.decode("utf-8", "replace") or None for v in values.tolist()], pa.string())
-        elif name not in ("request_id", "trace_hi", "trace_lo", "parent_span"):
+        elif name not in ("request_id", "trace_hi", "trace_lo", "parent_span", "kept_by_client"):
             columns[name] = pa.array(values, mask=values == -1)
     if plan is not None:
         rows = plan.take(columns["request_id"])
