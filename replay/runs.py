@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from replay.errors import InputError
@@ -48,7 +49,8 @@ Array = npt.NDArray[Any]
 #   schema, id, kind ("live" | "simulated"), ground
 #   {"kind": "fleet" | "stand-in" | "random-weights" | "simulated", "detail": str}
 #   policy {"name": str, "spec": {...}}, trace {"name", "sha256", "rows", "shaping": {...}}, seed, repeat
-#   slo {"ttft_s": float, "tpot_s": float, "e2e_s": float} (terms that are set), prices {"usd_per_gpu_hour", "gpu", "source", "date"}
+#   slo {"ttft_s": float, "tpot_s": float, "e2e_s": float} (terms that are set)
+#   prices {"usd_per_gpu_hour", "gpu", "source", "date"}
 #   started_at_unix_ns, planned_ns (span of the schedule), drain_ns, versions {package: version}
 #   ended {"at_ns", "reason"} (absent: killed), validity {"valid": bool, "reasons": [...], figures...}
 Manifest = dict[str, Any]
@@ -94,20 +96,25 @@ def outcomes_to_table(records: Array, run_id: str, plan: pa.Table | None) -> pa.
         elif name not in ("request_id", "trace_hi", "trace_lo", "parent_span", "kept_by_client"):
             columns[name] = pa.array(values, mask=values == -1)
     if plan is not None:
-        rows = plan.take(columns["request_id"])
+        rows = plan.take(pa.array(records["request_id"], mask=records["request_id"] >= len(plan)))
         for name, source in _FROM_PLAN.items():
             if source in rows.column_names:
-                columns[name] = rows[source].combine_chunks()
+                planned = rows[source].combine_chunks()
+                # What the trace left open (a model, a tenant) the sender may have filled in.
+                columns[name] = pc.coalesce(planned, columns[name]) if name in columns else planned
     for name in _FROM_PLAN:
         columns.setdefault(name, pa.nulls(len(records), pa.int64()))
     return pa.table(columns)
 
 
-def read_spool(path: Path, dtype: np.dtype[Any], start: int = 0) -> Array:
-    """Whole records of an append-only spool from record ``start`` on; half a record at the end (a kill) is left out."""
+def read_spool(path: Path, dtype: np.dtype[Any], start: int = 0, count: int = -1) -> Array:
+    """Whole records of an append-only spool from record ``start`` on, ``count`` at most where it is not -1.
+
+    Half a record at the end (a kill, or a write that is under way) is left out.
+    """
     with path.open("rb") as spool:
         spool.seek(start * dtype.itemsize)
-        raw = spool.read()
+        raw = spool.read(count * dtype.itemsize if count >= 0 else -1)
     return np.frombuffer(raw, dtype=dtype, count=len(raw) // dtype.itemsize)
 
 
@@ -170,7 +177,13 @@ class RunDir:
 
     def outcomes(self, columns: list[str] | None = None) -> pa.Table:
         """Every recorded row: Parquet parts plus what the spools hold beyond them; all columns, or those of ``columns``."""
-        parts = sorted((self.path / "requests").glob("part-*.parquet"))
+        try:
+            return self._outcomes(columns)
+        except FileNotFoundError:  # the recorder merged its parts (once, at its end) after we had listed them
+            return self._outcomes(columns)
+
+    def _outcomes(self, columns: list[str] | None) -> pa.Table:
+        parts = current_parts(self.path / "requests")
         spools = sorted((self.path / "spool").glob("*.outcomes"))
         rest = [read_spool(spool, OUTCOME_DTYPE, start=recorded_until(parts, spool)) for spool in spools]
         unread = np.concatenate([*rest, np.empty(0, OUTCOME_DTYPE)])
@@ -198,7 +211,8 @@ class RunDir:
         """Replica lifetimes on the run's clock, folded from the gateway's change log."""
         path, offset = self.path / "gateway" / "lifetimes.jsonl", self.gateway_offset_ns()
         folded: dict[int, dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
+        # What follows the last line end is half a line: the gateway was killed while it wrote it.
+        for line in path.read_text().split("\n")[:-1] if path.exists() else ():
             change = json.loads(line)
             folded.setdefault(change["replica_id"], dict.fromkeys(ReplicaLifetime._fields)).update(change)
         for life in folded.values():
@@ -221,10 +235,28 @@ def _read_columns(path: Path, columns: list[str] | None) -> pa.Table:
         return file.read(columns if columns is None else [c for c in columns if c in file.schema_arrow.names])
 
 
+_PART: Final = re.compile(r"part-(.+)-(\d+)-(\d+)\.parquet")
+
+
+def part_path(folder: Path, stem: str, first: int, end: int) -> Path:
+    """The Parquet part that holds the records ``first`` to ``end`` (exclusive) of the spool named ``stem``."""
+    return folder / f"part-{stem}-{first}-{end}.parquet"
+
+
+def current_parts(folder: Path) -> list[Path]:
+    """The Parquet parts to read: those inside a wider one were merged into it, and a kill left them behind."""
+    spans = [(m[1], int(m[2]), int(m[3]), path) for path in folder.glob("part-*.parquet") if (m := _PART.fullmatch(path.name))]
+    parts, covered = [], ("", 0)
+    for stem, _, end, path in sorted(spans, key=lambda span: (span[0], span[1], -span[2])):
+        if (stem, end) > covered:
+            parts.append(path)
+            covered = (stem, end)
+    return parts
+
+
 def recorded_until(parts: list[Path], spool: Path) -> int:
-    """The first record of ``spool`` that no Parquet part holds yet; parts are named part-<spool>-<first>-<end>.parquet."""
-    pattern = re.compile(rf"part-{re.escape(spool.stem)}-\d+-(\d+)\.parquet")
-    return max((int(match[1]) for part in parts if (match := pattern.fullmatch(part.name))), default=0)
+    """The first record of ``spool`` that no Parquet part holds yet."""
+    return max((int(m[3]) for part in parts if (m := _PART.fullmatch(part.name)) and m[1] == spool.stem), default=0)
 
 
 def phase_columns() -> list[str]:
