@@ -168,6 +168,11 @@ def build(spec: PolicySpec, seed: int) -> Policy:
     )
 
 
+def defaults(cls: type) -> dict[str, Any]:
+    """The parameters of one kind and their defaults, as a policy file names them."""
+    return {name: field.default for name, field in model(cls).model_fields.items()}
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a policy file, for editors: one branch per kind, with its parameters and text."""
 

@@ -1,0 +1,104 @@
+"""``tidegauge run``: an experiment, live or in virtual time; and ``tidegauge demo``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stack.cli import app, console
+
+if TYPE_CHECKING:
+    from stack.experiment import Experiment
+
+Out = Annotated[Path, typer.Option("--out", help="Folder that run directories go to.")]
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)],
+    simulate: Annotated[bool, typer.Option("--simulate", help="In virtual time, on all cores; the same files come out.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print arms, order, duration and warnings; start nothing.")] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="With --plan: as JSON.")] = False,
+    out: Out = Path("runs"),
+    report: Annotated[bool, typer.Option(help="Report when the last arm has ended.")] = True,
+) -> None:
+    """Compare policies on one trace: bring gateway and replicas up for each, replay, collect, bring down, report.
+
+    Example: [cyan]tidegauge run friday.yaml --plan[/], then [cyan]tidegauge run friday.yaml[/]
+    """
+    from stack import experiment as experiments
+
+    experiment = experiments.load(file)
+    if plan:
+        _print_plan(experiment, simulate=simulate, json_out=json_out)
+        return
+    folder = carry_out(experiment, out, simulate=simulate)
+    if report:
+        from stack.cli.report import print_report
+
+        raise typer.Exit(print_report([folder]))
+    console.print(f"next: [cyan]tidegauge report {folder}[/]")
+
+
+def carry_out(experiment: Experiment, out: Path, *, simulate: bool) -> Path:
+    """All arms of an experiment with a progress bar; returns its folder. Ctrl-C and SIGTERM bring everything down first."""
+    from stack import experiment as experiments
+    from stack import live
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    folder = experiments.create(experiment, out)
+    todo = list(experiments.arms(experiment))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        if simulate:
+            task = bar.add_task(f"simulating {len(todo)} runs", total=len(todo))
+            experiments.simulate(experiment, folder, lambda arm: bar.advance(task))
+            return folder
+        for number, arm in enumerate(todo, 1):
+            name = f"{number}/{len(todo)} {arm.policy.name}"
+            task = bar.add_task(name, total=1.0)
+
+            def show(what: str, share: float, task: object = task, name: str = name) -> None:
+                bar.update(task, description=f"{name}: {what}", completed=share)  # type: ignore[arg-type]
+
+            live.run_arm(experiment, arm, experiments.plan(experiment, arm.repeat), folder / arm.folder, show)
+            bar.update(task, description=f"{name}: done", completed=1.0)
+    return folder
+
+
+def _print_plan(experiment: Experiment, *, simulate: bool, json_out: bool) -> None:
+    from replay.records import NS_PER_S
+    from stack import experiment as experiments
+
+    table = experiments.plan(experiment, 0)
+    planned_s = table["arrival_at_ns"][-1].as_py() / NS_PER_S
+    start_s = experiment.fleet.phases().total_s if experiment.fleet.kind == "stand-in" else 0.0
+    arms = list(experiments.arms(experiment))
+    document = {
+        "arms": [{"policy": arm.policy.name, "repeat": arm.repeat} for arm in arms],
+        "requests_per_arm": len(table),
+        "planned_s": planned_s,
+        "duration_s_max": None if simulate else len(arms) * (start_s + planned_s + experiment.scalars.drain_s),
+        "ground": experiments.ground(experiment, simulated=simulate),
+        "warnings": experiments.warnings(experiment),
+    }
+    if json_out:
+        console.print_json(data=document)
+        return
+    rows = Table("order", "policy", "repeat", title=f"{experiment.scalars.name}: {len(table)} requests in {planned_s:.0f} s, each arm")
+    for number, arm in enumerate(arms, 1):
+        rows.add_row(str(number), arm.policy.name, str(arm.repeat))
+    console.print(rows)
+    console.print(f"ground: {document['ground']['kind']}, {document['ground']['detail']}")
+    if not simulate:
+        console.print(f"duration: {len(arms) * (start_s + planned_s) / 60:.1f} min, at most {document['duration_s_max'] / 60:.1f} with every drain")
+    for warning in document["warnings"]:
+        console.print(f"[yellow]warning[/] {warning}")
