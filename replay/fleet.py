@@ -213,20 +213,21 @@ class Fleet:
             self.policy.balancer.observe(now_ns, entry.replica, entry.request, "first_token")
 
     def finish(self, now_ns: int, request_id: int, prompt_tokens: int, output_tokens: int) -> None:
-        if entry := self._inside.get(request_id):
-            self._since_decide[1] += 1
-            self._since_decide[2] += output_tokens
-            self._leave_replica(now_ns, entry, "finished", output_tokens)
-            self._end(now_ns, entry, OK, output_tokens)
-            self._pump(now_ns)
+        entry = self._inside.get(request_id)
+        if entry is None or entry.replica is None:
+            return
+        self._since_decide[1] += 1
+        self._since_decide[2] += output_tokens
+        self._leave_replica(now_ns, entry, "finished", output_tokens)
+        self._end(now_ns, entry, OK, output_tokens)
+        self._pump(now_ns)
 
     def fail(self, now_ns: int, request_id: int, kind: str, tokens_out: int) -> None:
         """A dispatch failed. Nothing sent yet and attempts left: it goes to another replica; else it ends as ``error``."""
         entry = self._inside.get(request_id)
-        if entry is None:
+        if entry is None or entry.replica is None:
             return
-        if entry.replica:
-            entry.failed_on.append(entry.replica.replica_id)
+        entry.failed_on.append(entry.replica.replica_id)
         self._leave_replica(now_ns, entry, "failed", tokens_out)
         if tokens_out == 0 and entry.attempt < self.policy.attempts_max:
             entry.retry_ns += now_ns - entry.dispatched_at_ns
