@@ -243,20 +243,28 @@ def part_path(folder: Path, stem: str, first: int, end: int) -> Path:
     return folder / f"part-{stem}-{first}-{end}.parquet"
 
 
+def part_span(part: Path) -> tuple[str, int, int]:
+    """Spool's stem, first and end of a part, out of its name."""
+    match = _PART.fullmatch(part.name)
+    if match is None:
+        raise InputError("is no part of a run", where=str(part), rule="part-<spool>-<first>-<end>.parquet", fix="move it elsewhere")
+    return match[1], int(match[2]), int(match[3])
+
+
 def current_parts(folder: Path) -> list[Path]:
     """The Parquet parts to read: those inside a wider one were merged into it, and a kill left them behind."""
-    spans = [(m[1], int(m[2]), int(m[3]), path) for path in folder.glob("part-*.parquet") if (m := _PART.fullmatch(path.name))]
+    spans = [(*part_span(part), part) for part in folder.glob("part-*.parquet")]
     parts, covered = [], ("", 0)
-    for stem, _, end, path in sorted(spans, key=lambda span: (span[0], span[1], -span[2])):
+    for stem, _, end, part in sorted(spans, key=lambda span: (span[0], span[1], -span[2])):
         if (stem, end) > covered:
-            parts.append(path)
+            parts.append(part)
             covered = (stem, end)
     return parts
 
 
 def recorded_until(parts: list[Path], spool: Path) -> int:
     """The first record of ``spool`` that no Parquet part holds yet."""
-    return max((int(m[3]) for part in parts if (m := _PART.fullmatch(part.name)) and m[1] == spool.stem), default=0)
+    return max((end for stem, _, end in map(part_span, parts) if stem == spool.stem), default=0)
 
 
 def phase_columns() -> list[str]:

@@ -53,13 +53,10 @@ class Attribute(NamedTuple):
 OPERATION: Final = Attribute("gen_ai.operation.name", "", "chat or text_completion")
 PROVIDER: Final = Attribute("gen_ai.provider.name", "", "The protocol spoken: openai")
 REQUEST_MODEL: Final = Attribute("gen_ai.request.model", "", "Model asked for")
-REQUEST_STREAM: Final = Attribute("gen_ai.request.stream", "", "Whether the answer was streamed")
 TIME_TO_FIRST_CHUNK: Final = Attribute("gen_ai.response.time_to_first_chunk", "s", "Actual send to first chunk")
 INPUT_TOKENS: Final = Attribute("gen_ai.usage.input_tokens", "{token}", "Prompt tokens that the engine reported")
 OUTPUT_TOKENS: Final = Attribute("gen_ai.usage.output_tokens", "{token}", "Output tokens that the engine reported")
-CACHED_TOKENS: Final = Attribute(
-    "gen_ai.usage.cache_read.input_tokens", "{token}", "Prompt tokens from the prefix cache"
-)
+CACHED_TOKENS: Final = Attribute("gen_ai.usage.cache_read.input_tokens", "{token}", "Prompt tokens from the prefix cache")
 CONVERSATION: Final = Attribute("gen_ai.conversation.id", "", "Session of the request")
 ERROR_TYPE: Final = Attribute("error.type", "", "How it ended, where not ok: a word of records.STATUSES")
 HTTP_STATUS: Final = Attribute("http.response.status_code", "", "HTTP status of the answer")
@@ -82,13 +79,11 @@ ATTEMPTS: Final = Attribute("tidegauge.attempts", "{attempt}", "Dispatches, the 
 TOKENS_LOST: Final = Attribute("tidegauge.tokens_lost", "{token}", "Output tokens generated and thrown away")
 QUEUE_REASON: Final = Attribute("tidegauge.queue_reason", "", "Why it waited: no_slot cold_start held")
 DETAIL: Final = Attribute("tidegauge.detail", "", "What went wrong, in words")
-CLOCK_SHIFT: Final = Attribute(
-    "tidegauge.clock_shift", "s", "How far the gateway's spans were moved to lie in the client's"
-)
+CLOCK_SHIFT: Final = Attribute("tidegauge.clock_shift", "s", "How far the gateway's spans were moved to lie in the client's")
 SERVICE_NAME: Final = Attribute("service.name", "", "tidegauge-client or tidegauge-gateway")
 
 ATTRIBUTES: Final = (
-    OPERATION, PROVIDER, REQUEST_MODEL, REQUEST_STREAM, TIME_TO_FIRST_CHUNK, INPUT_TOKENS, OUTPUT_TOKENS,
+    OPERATION, PROVIDER, REQUEST_MODEL, TIME_TO_FIRST_CHUNK, INPUT_TOKENS, OUTPUT_TOKENS,
     CACHED_TOKENS, CONVERSATION, ERROR_TYPE, HTTP_STATUS, GATEWAY_LATENCY, QUEUE_LATENCY, INFERENCE_LATENCY,
     NETWORK_LATENCY, UNEXPLAINED_LATENCY, LARGEST, TTFT_ATTRIBUTE, SEND_LATENESS, RUN_ID, POLICY, REQUEST_ID, TENANT,
     REPLICA, DECODE_REPLICA, ATTEMPTS, TOKENS_LOST, QUEUE_REASON, DETAIL, CLOCK_SHIFT, SERVICE_NAME,
@@ -137,15 +132,11 @@ GENAI_TTFT_BUCKETS: Final = (
 GENAI_TPOT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 GENAI_TOKEN_BUCKETS: Final = tuple(float(4**power) for power in range(14))  # 1 .. 67108864
 
-REQUESTS: Final = Metric(
-    "tidegauge_requests_total", COUNTER, "requests", "Requests ended, by status", ("model", "status")
-)
+REQUESTS: Final = Metric("tidegauge_requests_total", COUNTER, "requests", "Requests ended, by status", ("model", "status"))
 TOKENS: Final = Metric(
     "tidegauge_tokens_total", COUNTER, "tokens", "Tokens by type: input, output, cached, lost", ("model", "type")
 )
-SLO_TOTAL: Final = Metric(
-    "tidegauge_slo_requests_total", COUNTER, "requests", "Requests ended while a target is set", ("model",)
-)
+SLO_TOTAL: Final = Metric("tidegauge_slo_requests_total", COUNTER, "requests", "Requests ended while a target is set", ("model",))
 SLO_GOOD: Final = Metric(
     "tidegauge_slo_good_requests_total",
     COUNTER,
@@ -189,18 +180,10 @@ PHASE_SECONDS: Final = Metric(
     "tidegauge_phase_seconds_total", COUNTER, "s", "Where the time of requests went, by phase", ("phase",)
 )
 QUEUED: Final = Metric("tidegauge_queued_requests", GAUGE, "requests", "Requests waiting in the gateway's queue")
-RUNNING: Final = Metric(
-    "tidegauge_running_requests", GAUGE, "requests", "Requests dispatched to a replica and not ended"
-)
-ARRIVED: Final = Metric(
-    "tidegauge_arrived_requests_total", COUNTER, "requests", "Requests that have reached the gateway"
-)
-REPLICAS: Final = Metric(
-    "tidegauge_replicas", GAUGE, "replicas", "Replicas by state: wanted starting ready draining", ("state",)
-)
-USD_PER_HOUR: Final = Metric(
-    "tidegauge_cost_usd_per_hour", GAUGE, "USD/h", "Price of all replicas requested and not stopped"
-)
+RUNNING: Final = Metric("tidegauge_running_requests", GAUGE, "requests", "Requests dispatched to a replica and not ended")
+ARRIVED: Final = Metric("tidegauge_arrived_requests_total", COUNTER, "requests", "Requests that have reached the gateway")
+REPLICAS: Final = Metric("tidegauge_replicas", GAUGE, "replicas", "Replicas by state: wanted starting ready draining", ("state",))
+USD_PER_HOUR: Final = Metric("tidegauge_cost_usd_per_hour", GAUGE, "USD/h", "Price of all replicas requested and not stopped")
 COST: Final = Metric("tidegauge_cost_usd_total", COUNTER, "USD", "What the fleet has cost since the run began")
 TRACES: Final = Metric(
     "tidegauge_traces_total",
@@ -209,12 +192,8 @@ TRACES: Final = Metric(
     "Traces worth keeping, by fate: kept over_rate queue_full failed",
     ("result",),
 )
-SPANS_EXPORTED: Final = Metric(
-    "tidegauge_spans_total", COUNTER, "spans", "Spans made, by fate: kept dropped", ("result",)
-)
-RECORDS: Final = Metric(
-    "tidegauge_records_total", COUNTER, "records", "Records read from the spools: outcomes states", ("kind",)
-)
+SPANS_EXPORTED: Final = Metric("tidegauge_spans_total", COUNTER, "spans", "Spans made, by fate: kept dropped", ("result",))
+RECORDS: Final = Metric("tidegauge_records_total", COUNTER, "records", "Records read from the spools: outcomes states", ("kind",))
 ROWS: Final = Metric("tidegauge_rows_total", COUNTER, "rows", "Rows written as Parquet")
 
 GENAI_LABELS: Final = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
