@@ -21,6 +21,7 @@ import httptools
 
 log = logging.getLogger(__name__)
 
+HeaderList = list[tuple[bytes, bytes]]
 Headers = Iterable[tuple[bytes, bytes]]
 Handler = Callable[["Exchange"], None]
 
@@ -66,7 +67,7 @@ class Exchange:
     )  # fmt: skip
 
     def __init__(
-        self, conn: _Connection, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes, *,
+        self, conn: _Connection, method: bytes, target: bytes, headers: HeaderList, body: bytes, *,
         chunked: bool, keep_alive: bool, received_at_ns: int,
     ) -> None:  # fmt: skip
         self._conn: _Connection | None = conn
@@ -192,7 +193,7 @@ class _Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self.target = b""
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: HeaderList = []
         self.parts: list[bytes] = []
         self.header_bytes = self.body_bytes = 0
 
@@ -367,7 +368,7 @@ class _Connection(asyncio.Protocol):
             self.transport.close()
 
 
-def _check_framing(version: str, headers: list[tuple[bytes, bytes]], body_limit: int) -> bool:
+def _check_framing(version: str, headers: HeaderList, body_limit: int) -> bool:
     """Refuse what two servers could frame differently (RFC 9112 3.2, 6.3). True: the client waits for 100 Continue."""
     if version not in ("1.1", "1.0"):
         raise _RefusedError(505, f"HTTP/{version} is not spoken here")
