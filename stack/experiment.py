@@ -24,6 +24,7 @@ from replay.policies import spec as policies
 from replay.records import NS_PER_S
 from replay.report.slo import Slo
 from replay.runs import write_atomically
+from replay.schedule import parse_duration_s
 from replay.strict import Lines, parameters, parse_yaml, place, read_bounded
 from replay.traces import Shaping
 
@@ -37,7 +38,7 @@ class Scalars:
     """The keys of an experiment that are plain values."""
 
     name: str = "experiment"
-    trace: str = traces.SHIPPED
+    trace: str = "azure-code-2023"
     repeats: int = 1
     seed: int = 0
     drain_s: float = 60.0
@@ -60,6 +61,11 @@ class Experiment:
     fleet: FleetSpec
     policies: tuple[policies.PolicySpec, ...]
     slo: Slo
+
+    @property
+    def cold_start_s(self) -> float:
+        """How long a new replica takes where we know it: only a stand-in declares it."""
+        return self.fleet.phases().total_ns / NS_PER_S if self.fleet.kind == "stand-in" else 0.0
 
     def terms(self) -> dict[str, float]:
         """The limits of the SLO that are set, as manifests hold them."""
@@ -101,7 +107,7 @@ def from_dict(document: Any, *, where: str, lines: Lines | None = None, folder: 
             raise InputError("unknown key", where=place(where, lines, (str(key),)), rule=f"one of {', '.join(KEYS)}")
     scalars = Scalars(**parameters(Scalars, {k: document[k] for k in Scalars.__slots__ if k in document}, where, lines, ()))
     trace = scalars.trace
-    if trace != traces.SHIPPED and (folder / trace).exists():
+    if trace not in traces.SHIPPED and (folder / trace).exists():
         scalars = replace(scalars, trace=str(folder / trace))
     listed = document.get("policies")
     if not isinstance(listed, list) or not listed:
@@ -111,7 +117,9 @@ def from_dict(document: Any, *, where: str, lines: Lines | None = None, folder: 
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"{twice!r} twice", where=place(where, lines, ("policies",)), rule="every policy has a name of its own")
     if "fleet" not in document:
-        raise InputError("has no fleet", where=where, rule="fleet: {kind: stand-in | llama | urls, ...}", fix="fleet: {kind: stand-in}")
+        raise InputError(
+            "has no fleet", where=where, rule="fleet: {kind: stand-in | llama | urls, ...}", fix="fleet: {kind: stand-in}"
+        )
     return Experiment(
         scalars,
         _shaping(document.get("shaping") or {}, where, lines),
@@ -134,10 +142,12 @@ def _shaping(given: Any, where: str, lines: Lines) -> Shaping:
         raise InputError(f"is {given!r}", where=at, rule=f"a mapping of {', '.join(SHAPING_KEYS)}")
     for key in given:
         if key not in SHAPING_KEYS:
-            raise InputError("unknown key", where=place(where, lines, ("shaping", str(key))), rule=f"one of {', '.join(SHAPING_KEYS)}")
+            raise InputError(
+                "unknown key", where=place(where, lines, ("shaping", str(key))), rule=f"one of {', '.join(SHAPING_KEYS)}"
+            )
 
     def seconds(key: str) -> float | None:
-        return None if given.get(key) is None else traces.parse_duration_s(str(given[key]))
+        return None if given.get(key) is None else parse_duration_s(given[key], place(where, lines, ("shaping", key)))
 
     scales = {}
     for key in ("time_scale", "rate_scale"):
@@ -145,9 +155,13 @@ def _shaping(given: Any, where: str, lines: Lines) -> Shaping:
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise InputError(f"is {value!r}", where=place(where, lines, ("shaping", key)), rule="a number above 0")
         scales[key] = float(value)
-    return Shaping(
-        from_s=seconds("from"), to_s=seconds("to"), busiest_s=seconds("busiest"), jitter_s=seconds("jitter") or 0.0, **scales
-    )
+    try:
+        return Shaping(
+            seconds("from"), seconds("to"), seconds("busiest"), jitter_s=seconds("jitter") or 0.0,
+            time_scale=scales["time_scale"], rate_scale=scales["rate_scale"],
+        )  # fmt: skip
+    except InputError as error:
+        raise InputError(error.what, where=f"{at} {error.where.removesuffix('_s')}", rule=error.rule, fix=error.fix) from error
 
 
 def arms(experiment: Experiment) -> Iterator[Arm]:
@@ -167,7 +181,7 @@ def plan(experiment: Experiment, repeat: int) -> pa.Table:
 def ground(experiment: Experiment, *, simulated: bool) -> dict[str, str]:
     """What the figures stand on: the first line of every report."""
     fleet = experiment.fleet
-    profile = f"{fleet.model} on {fleet.gpu} x{fleet.tensor_parallel}, {fleet.phases().total_s:g} s cold start"
+    profile = f"{fleet.model} on {fleet.gpu} x{fleet.tensor_parallel}, {experiment.cold_start_s:g} s cold start"
     if simulated:
         return {"kind": "simulated", "detail": profile}
     return {

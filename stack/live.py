@@ -43,7 +43,14 @@ def run_arm(experiment: Experiment, arm: Arm, table: pa.Table, folder: Path, pro
     progress("starting the fleet", 0.0)
     with _gateway(experiment, arm, folder) as url:
         start = _wait_ready(experiment, url, progress)
-        _replay(experiment, arm, folder, url, progress, planned_s=manifest(experiment, arm, table, simulated=False)["planned_ns"] / NS_PER_S)
+        _replay(
+            experiment,
+            arm,
+            folder,
+            url,
+            progress,
+            planned_s=manifest(experiment, arm, table, simulated=False)["planned_ns"] / NS_PER_S,
+        )
     if (folder / "run.json").exists():
         known = manifest(experiment, arm, table, simulated=False)
         found = RunDir.open(folder).manifest
@@ -80,14 +87,15 @@ def _listening(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]
     try:
         answer: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError:
-        raise InputError(f"the gateway did not start: {_tail(folder / 'gateway.log')}", fix=f"see {folder / 'gateway.log'}") from None
+        raise InputError(
+            f"the gateway did not start: {_tail(folder / 'gateway.log')}", fix=f"see {folder / 'gateway.log'}"
+        ) from None
     return answer
 
 
 def _wait_ready(experiment: Experiment, url: str, progress: Progress) -> dict[str, Any]:
     """Poll /readyz until the smallest fleet is ready; its answer is what says that every arm starts equal."""
-    cold_s = experiment.fleet.phases().total_s if experiment.fleet.kind == "stand-in" else 0.0
-    limit_s, began = cold_s + READY_BEYOND_COLD_START_S, time.monotonic()
+    limit_s, began = experiment.cold_start_s + READY_BEYOND_COLD_START_S, time.monotonic()
     answer: dict[str, Any] = {}
     while (waited_s := time.monotonic() - began) < limit_s:
         try:
@@ -96,7 +104,9 @@ def _wait_ready(experiment: Experiment, url: str, progress: Progress) -> dict[st
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read() or b"{}")
         except OSError as error:
-            raise InputError(f"the gateway went away while its fleet started: {error}", fix="see gateway.log in the arm's folder") from error
+            raise InputError(
+                f"the gateway went away while its fleet started: {error}", fix="see gateway.log in the arm's folder"
+            ) from error
         progress("waiting for the first replicas", min(waited_s / limit_s, 1.0))
         time.sleep(0.2)
     raise InputError(f"no replica was ready after {limit_s:.0f} s: {answer}", fix="see replicas/*.log in the arm's folder")
@@ -115,7 +125,9 @@ def _replay(experiment: Experiment, arm: Arm, folder: Path, url: str, progress: 
     if experiment.fleet.api_key_env and (key := os.environ.get(experiment.fleet.api_key_env)):
         environment["OPENAI_API_KEY"] = key
     with (folder / "locust.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
     try:
         began = time.monotonic()
         while process.poll() is None:
@@ -126,7 +138,9 @@ def _replay(experiment: Experiment, arm: Arm, folder: Path, url: str, progress: 
     finally:
         _stop(process, experiment.scalars.drain_s + 30)
     if process.returncode not in (0, 1) or not (folder / "run.json").exists():
-        raise InputError(f"locust ended with {process.returncode}: {_tail(folder / 'locust.log')}", fix=f"see {folder / 'locust.log'}")
+        raise InputError(
+            f"locust ended with {process.returncode}: {_tail(folder / 'locust.log')}", fix=f"see {folder / 'locust.log'}"
+        )
 
 
 def _rows(folder: Path) -> int:

@@ -56,7 +56,13 @@ def carry_out(experiment: Experiment, out: Path, *, simulate: bool) -> Path:
     signal.signal(signal.SIGTERM, interrupted)
     folder = experiments.create(experiment, out)
     todo = list(experiments.arms(experiment))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         if simulate:
             task = bar.add_task(f"simulating {len(todo)} runs", total=len(todo))
@@ -80,7 +86,7 @@ def _print_plan(experiment: Experiment, *, simulate: bool, json_out: bool) -> No
 
     table = experiments.plan(experiment, 0)
     planned_s = table["arrival_at_ns"][-1].as_py() / NS_PER_S
-    start_s = experiment.fleet.phases().total_s if experiment.fleet.kind == "stand-in" else 0.0
+    start_s = experiment.cold_start_s
     arms = list(experiments.arms(experiment))
     document = {
         "arms": [{"policy": arm.policy.name, "repeat": arm.repeat} for arm in arms],
@@ -93,12 +99,16 @@ def _print_plan(experiment: Experiment, *, simulate: bool, json_out: bool) -> No
     if json_out:
         console.print_json(data=document)
         return
-    rows = Table("order", "policy", "repeat", title=f"{experiment.scalars.name}: {len(table)} requests in {planned_s:.0f} s, each arm")
+    rows = Table(
+        "order", "policy", "repeat", title=f"{experiment.scalars.name}: {len(table)} requests in {planned_s:.0f} s, each arm"
+    )
     for number, arm in enumerate(arms, 1):
         rows.add_row(str(number), arm.policy.name, str(arm.repeat))
     console.print(rows)
     console.print(f"ground: {document['ground']['kind']}, {document['ground']['detail']}")
     if not simulate:
-        console.print(f"duration: {len(arms) * (start_s + planned_s) / 60:.1f} min, at most {document['duration_s_max'] / 60:.1f} with every drain")
+        console.print(
+            f"duration: {len(arms) * (start_s + planned_s) / 60:.1f} min, at most {document['duration_s_max'] / 60:.1f} with every drain"
+        )
     for warning in document["warnings"]:
         console.print(f"[yellow]warning[/] {warning}")
