@@ -1,0 +1,158 @@
+"""From a recorded trace to the plan of a run: which part of it, how fast, how dense, how much moved about.
+
+Four steps, always in this order: cut a window, scale the rate, scale the time, jitter. Each is drawn from the seed and its own
+stream, so that changing one leaves the draws of the others; turns of one session are kept or dropped, and moved, together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from replay.errors import InputError
+from replay.records import NS_PER_S
+from replay.schedule import session_codes
+from replay.traces.columns import MAX_SPAN_NS, arranged, with_column
+
+# A copy comes up to a second later than its original: bursts keep their shape, and no copy lands on its original.
+COPY_DELAY_NS: Final = NS_PER_S
+_GOLDEN: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads the copies' prefix ids over the 64 bits
+_RATE, _COPY, _JITTER = range(3)  # streams of random numbers
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Shaping:
+    """What a run takes of a trace. The default takes it as recorded.
+
+    from_s, to_s   keep [from, to) of the recorded time; the plan's zero is ``from``
+    busiest_s      of that, the window of this length with the most requests (it slides; the first of equals); its start is zero
+    rate_scale     below 1: each session or lone request stays with this probability. Above: copies beside the original, each
+                   up to 1 s later, with sessions and prefix ids of their own, so that the share of reused blocks stays
+    time_scale     2 = twice as slow: arrivals and think times; rates fall accordingly, deadlines stay
+    jitter_s       every request comes up to this much later, uniformly; less where the window would end before
+    """
+
+    from_s: float | None = None
+    to_s: float | None = None
+    busiest_s: float | None = None
+    time_scale: float = 1.0
+    rate_scale: float = 1.0
+    jitter_s: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        start, end = self.from_s or 0.0, math.inf if self.to_s is None else self.to_s
+        longest_s = MAX_SPAN_NS / NS_PER_S
+        for name, holds, rule in (
+            ("from_s", 0 <= start <= longest_s, "0 or later, within three years"),
+            ("to_s", end > start, "later than from"),
+            ("busiest_s", self.busiest_s is None or 1e-9 <= self.busiest_s <= longest_s, "longer than 0, at most three years"),
+            ("time_scale", 1e-6 <= self.time_scale <= 1e6, "between 1e-6 and 1e6"),
+            ("rate_scale", 0 < self.rate_scale <= 1000, "above 0, at most 1000"),
+            ("jitter_s", 0 <= self.jitter_s <= longest_s, "0 or more, at most three years"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not holds:
+                raise InputError(f"is {getattr(self, name)}", where=name, rule=rule)
+
+
+def shape(table: pa.Table, shaping: Shaping) -> pa.Table:
+    """The plan: sorted by arrival, request_id numbered anew, at least one token each way (an engine serves no less).
+
+    Raises InputError where nothing is left.
+    """
+    plan, end_ns = _cut(table, shaping)
+    plan = _scale_rate(plan, end_ns, shaping)
+    if shaping.time_scale != 1:
+        plan = _scale_time(plan, shaping.time_scale)
+        end_ns = None if end_ns is None else round(end_ns * shaping.time_scale)
+    if shaping.jitter_s:
+        draws = _draws(plan, shaping.seed, _JITTER)
+        plan = _delayed(plan, round(shaping.jitter_s * NS_PER_S), draws, end_ns)
+    for name in ("prompt_tokens", "output_tokens"):
+        plan = with_column(plan, name, pc.max_element_wise(plan[name], 1).combine_chunks())
+    return arranged(plan)
+
+
+def _cut(table: pa.Table, shaping: Shaping) -> tuple[pa.Table, int | None]:
+    """The window's rows with the window's start as zero, and the window's end (None: the trace's own)."""
+    arrivals = table["arrival_at_ns"].to_numpy()
+    start_ns = round((shaping.from_s or 0) * NS_PER_S)
+    end_ns = None if shaping.to_s is None or shaping.to_s * NS_PER_S > MAX_SPAN_NS else round(shaping.to_s * NS_PER_S)
+    low, high = (int(np.searchsorted(arrivals, edge)) for edge in (start_ns, MAX_SPAN_NS if end_ns is None else end_ns))
+    if low >= high:
+        lasts_s = arrivals[-1] / NS_PER_S if len(arrivals) else 0
+        raise InputError(
+            "no request is left", where="from/to", rule=f"the trace lasts {lasts_s:.1f} s", fix="choose a window within it"
+        )
+    if shaping.busiest_s is not None:
+        width_ns, inside = round(shaping.busiest_s * NS_PER_S), arrivals[low:high]
+        # A window with the most requests exists that starts at an arrival.
+        ends = np.searchsorted(inside, inside + width_ns)
+        first = int(np.argmax(ends - np.arange(len(inside))))
+        low, high, start_ns = low + first, low + int(ends[first]), int(inside[first])
+        end_ns = start_ns + width_ns if end_ns is None else min(end_ns, start_ns + width_ns)
+    kept = table.slice(low, high - low)
+    return with_column(kept, "arrival_at_ns", arrivals[low:high] - start_ns), None if end_ns is None else end_ns - start_ns
+
+
+def _scale_rate(plan: pa.Table, end_ns: int | None, shaping: Shaping) -> pa.Table:
+    """Copy k of a row exists where its draw is below rate - k: all of the whole copies, a sample of the last."""
+    rate = shaping.rate_scale
+    if rate == 1:
+        return plan
+    copies = []
+    for number in range(math.ceil(rate)):
+        kept = plan
+        if rate - number < 1:
+            kept = plan.filter(pa.array(_draws(plan, shaping.seed, _RATE) < rate - number))
+        copies.append(_copied(kept, number, _draws(kept, shaping.seed, _COPY, number), end_ns) if number else kept)
+    scaled = pa.concat_tables(copies)
+    if not len(scaled):
+        raise InputError("no request is left", where="rate_scale", rule=f"{len(plan)} requests x {rate:g}", fix="raise it")
+    return arranged(scaled)
+
+
+def _copied(plan: pa.Table, number: int, draws: Floats, end_ns: int | None) -> pa.Table:
+    """One superposed copy: a little later, other sessions, other prefix ids with the same sharing among themselves."""
+    copy = _delayed(plan, COPY_DELAY_NS, draws, end_ns)
+    copy = with_column(copy, "session_id", pc.binary_join_element_wise(copy["session_id"], f"copy{number}", "/").combine_chunks())
+    hashes = copy["prefix_hashes"].combine_chunks()
+    lengths = pc.list_value_length(hashes).fill_null(0).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = hashes.flatten().to_numpy() + np.uint64(number * _GOLDEN % 2**64)  # wraps around
+    return with_column(copy, "prefix_hashes", pa.ListArray.from_arrays(offsets, ids, mask=hashes.is_null()))
+
+
+def _scale_time(plan: pa.Table, scale: float) -> pa.Table:
+    last_ns = plan["arrival_at_ns"][-1].as_py() * scale
+    if last_ns >= MAX_SPAN_NS:
+        raise InputError(f"the plan would last {last_ns / NS_PER_S:.0f} s", where="time_scale", rule="at most three years")
+    arrivals = np.rint(plan["arrival_at_ns"].to_numpy() * scale).astype(np.int64)
+    think_ns = pc.cast(pc.round(pc.multiply(plan["think_ns"], scale)), pa.int64()).combine_chunks()
+    return with_column(with_column(plan, "arrival_at_ns", arrivals), "think_ns", think_ns)
+
+
+def _delayed(plan: pa.Table, width_ns: int, draws: Floats, end_ns: int | None) -> pa.Table:
+    """Rows later by draw x width, or by draw x what is left to the window's end: none leaves it, none piles up there.
+
+    With one draw a session the turns keep their order: d(arrival + draw x min(width, end - arrival)) >= 1 - draw > 0.
+    """
+    arrivals = plan["arrival_at_ns"].to_numpy()
+    room = np.full(len(arrivals), width_ns) if end_ns is None else np.minimum(width_ns, end_ns - arrivals)
+    return with_column(plan, "arrival_at_ns", arrivals + np.floor(draws * room).astype(np.int64))
+
+
+def _draws(plan: pa.Table, seed: int, *stream: int) -> Floats:
+    """One uniform number in [0, 1) per session or lone request, given to each of its rows."""
+    rng: Any = np.random.default_rng([seed, *stream])
+    lone, codes = rng.random(len(plan)), session_codes(plan)
+    sessions = rng.random(int(codes.max(initial=-1)) + 1)
+    return np.where(codes >= 0, sessions[codes], lone) if len(sessions) else lone
