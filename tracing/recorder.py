@@ -108,8 +108,9 @@ class Recorder:
     def _read_outcomes(self, spool: Spool) -> None:
         while len(records := read_spool(spool.path, OUTCOME_DTYPE, spool.seen, CHUNK_RECORDS)):
             spool.seen += len(records)
-            self.meters.add_outcomes(Batch.of(records))
-            self._offer_spans(Batch.of(records[records["kept_by_client"] == 0]))
+            batch = Batch.of(records)
+            self.meters.add_outcomes(batch)
+            self._offer_spans(batch.where(records["kept_by_client"] == 0))
 
     def _read_states(self, spool: Spool) -> None:
         states = read_spool(spool.path, FLEET_STATE_DTYPE, spool.seen)
@@ -120,11 +121,16 @@ class Recorder:
         kept = self._sampler.choose(batch)
         origin_s = self._manifest["started_at_unix_ns"] / NS_PER_S
         for index, row in zip(kept, rows(batch.records, kept), strict=True):
-            latencies = (float(column[index]) for column in (batch.ttft_s, batch.tpot_s, batch.e2e_s))
-            ended_s = origin_s + row.done_at_ns / NS_PER_S
-            model = row.model.decode("utf-8", "replace")
-            spans = row_spans(row, self._manifest, self._side)
-            self._exporter.offer(KeptTrace(trace_of(row, self._run_id), model, ended_s, *latencies, spans))
+            trace = KeptTrace(
+                trace_id=trace_of(row, self._run_id),
+                model=row.model.decode("utf-8", "replace"),
+                at_unix_s=origin_s + row.done_at_ns / NS_PER_S,
+                ttft_s=float(batch.ttft_s[index]),
+                tpot_s=float(batch.tpot_s[index]),
+                e2e_s=float(batch.e2e_s[index]),
+                spans=row_spans(row, self._manifest, self._side),
+            )
+            self._exporter.offer(trace)
 
     def _write_parts(self) -> None:
         """Write what was seen since the last part of every spool; a full disk is remembered and tried again at the next."""
@@ -161,13 +167,10 @@ class Recorder:
         """
         path = part_path(self._folder, spool.path.stem, first, end)
         scratch = path.with_name(path.name + ".tmp")
-        chunks = (
-            outcomes_to_table(
-                read_spool(spool.path, OUTCOME_DTYPE, start, min(CHUNK_RECORDS, end - start)), self._run_id, self._plan
-            )
-            for start in range(first, end, CHUNK_RECORDS)
-        )
-        filled = (table for table in chunks if len(table))
+        starts = range(first, end, CHUNK_RECORDS)
+        chunks = (read_spool(spool.path, OUTCOME_DTYPE, start, min(CHUNK_RECORDS, end - start)) for start in starts)
+        tables = (outcomes_to_table(chunk, self._run_id, self._plan) for chunk in chunks)
+        filled = (table for table in tables if len(table))
         table = next(filled, None)
         if table is None:
             return 0
