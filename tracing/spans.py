@@ -85,7 +85,7 @@ class _Trace:
         """From the instant the request was due (a late sender's delay is the user's too) to its last byte."""
         row = self.row
         start = row.scheduled_at_ns if row.scheduled_at_ns >= 0 else row.sent_at_ns
-        end = max(row.done_at_ns, row.last_token_at_ns, start)
+        end = max(row.done_at_ns, start)
         attributes = self._root_attributes()
         if row.scheduled_at_ns >= 0 and row.sent_at_ns >= 0:
             attributes[names.SEND_LATENESS.name] = (row.sent_at_ns - row.scheduled_at_ns) / NS_PER_S
