@@ -184,7 +184,7 @@ class Fleet:
     # --- inputs: requests ----------------------------------------------------------------------------------------------------
 
     def start(self, now_ns: int) -> None:
-        self._decided_at_ns = now_ns
+        self._decided_at_ns = self._start_not_before_ns = now_ns  # a clock may begin below zero: the run starts when all are ready
         self._unready.since_ns = self._concurrency.since_ns = now_ns
         self._decide_at_ns = now_ns + self.policy.autoscaler.interval_ns
         first = self.policy.autoscaler.decide(now_ns, self._sample(now_ns))

@@ -5,6 +5,7 @@ A policy sees only this. It never sees the recorded (true) output length: a test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -51,6 +52,18 @@ def block_hashes(prompt: bytes, block_bytes: int = PREFIX_BLOCK_BYTES) -> tuple[
         digest.update(prompt[start : start + block_bytes])
         hashes.append(digest.intdigest())
     return tuple(hashes)
+
+
+def declared_output_cap(output_tokens: Sequence[int]) -> int:
+    """The output cap that a replay declares for each of its requests: the trace's p99 (nearest rank), at least 1.
+
+    One function for load generator and simulation, so that policies which read the cap decide alike in both.
+
+    >>> declared_output_cap([10] * 98 + [200, 5000])
+    200
+    """
+    ranked = sorted(output_tokens)
+    return max(1, ranked[-(-99 * len(ranked) // 100) - 1])
 
 
 def observe(
