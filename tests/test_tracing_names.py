@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_every_constant_of_the_file_is_in_a_table() -> None:
 def test_own_histograms_are_fine_from_an_idle_gpu_to_a_queue_of_minutes(metric: names.Metric, first: float, last: float) -> None:
     bounds = metric.buckets
     assert (bounds[0], bounds[-1]) == (first, last)
-    assert all(lower < upper <= lower * 1.25 + 1e-12 for lower, upper in zip(bounds, bounds[1:], strict=False))
+    assert all(lower < upper <= lower * 1.25 + 1e-12 for lower, upper in pairwise(bounds))
 
 
 def test_the_table_imports_nothing_of_the_house() -> None:

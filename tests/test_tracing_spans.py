@@ -134,7 +134,9 @@ def test_exactly_the_rows_that_did_not_end_ok_are_errors(row: Outcome) -> None:
 
 def test_every_attribute_is_in_the_table_of_names() -> None:
     known = {attribute.name for attribute in names.ATTRIBUTES}
-    row = outcome(status=LIMITED, detail=b"x", session_id=b"s", cached_tokens=1, decode_replica_id=2, tokens_lost=3, gateway_at_ns=0)
+    row = outcome(
+        status=LIMITED, detail=b"x", session_id=b"s", cached_tokens=1, decode_replica_id=2, tokens_lost=3, gateway_at_ns=0
+    )
     spans = row_spans(row, MANIFEST)
     used = {key for span in spans for key in (*(span.attributes or {}), *span.resource.attributes)}
     assert used == known

@@ -35,13 +35,18 @@ def outcome(request_id: int = 0, **changes: Any) -> Outcome:
 
 def quick(request_id: int, **changes: Any) -> Outcome:
     """A request that met its target: 50 ms to the first token, 9 more in 90 ms."""
-    due = changes.pop("due_at_ns", 1_000_000_000)
-    return outcome(
-        request_id, scheduled_at_ns=due, sent_at_ns=due, gateway_at_ns=due, limit_ns=0, queue_ns=0, cold_start_ns=0, route_ns=0,
-        prefill_ns=50_000_000, decode_ns=90_000_000, network_ns=0, unexplained_ns=0, first_chunk_at_ns=due + 50_000_000,
-        first_token_at_ns=due + 50_000_000, last_token_at_ns=due + 140_000_000, done_at_ns=due + 140_000_000, queue_reason=0,
-        **changes,
-    )  # fmt: skip
+    due: int = changes.pop("due_at_ns", 1_000_000_000)
+    first, last = due + 50_000_000, due + 140_000_000
+    values: dict[str, Any] = {
+        **dict.fromkeys(("scheduled_at_ns", "sent_at_ns", "gateway_at_ns"), due),
+        **dict.fromkeys(("first_chunk_at_ns", "first_token_at_ns"), first),
+        **dict.fromkeys(("last_token_at_ns", "done_at_ns"), last),
+        **dict.fromkeys((f"{phase}_ns" for phase in PHASES), 0),
+        "prefill_ns": first - due,
+        "decode_ns": last - first,
+        "queue_reason": 0,
+    }
+    return outcome(request_id, **(values | changes))
 
 
 def packed(rows: list[Outcome]) -> bytes:
