@@ -47,17 +47,23 @@ def rows(known: dict[str, Any]) -> pa.Table:
     return pa.table([known[name] if name in known else pa.nulls(count, SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA)
 
 
-def arranged(table: pa.Table) -> pa.Table:
-    """The rows by arrival (ties keep their order), numbered from 0."""
+def by_arrival(table: pa.Table) -> pa.Table:
+    """The rows sorted by arrival; ties keep their order."""
     arrivals = table["arrival_at_ns"].to_numpy()
     if np.any(arrivals[1:] < arrivals[:-1]):
-        table = table.take(pa.array(np.argsort(arrivals, kind="stable")))
-    return with_column(table, "request_id", np.arange(len(table), dtype=np.int64))
+        return table.take(pa.array(np.argsort(arrivals, kind="stable")))
+    return table
+
+
+def numbered(table: pa.Table, first: int = 0) -> pa.Table:
+    """The rows with request_id counting up."""
+    return with_column(table, "request_id", np.arange(first, first + len(table)))
 
 
 def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
-    """The table with one column of the schema replaced."""
-    return table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
+    """The table with one column of the schema replaced, by a numpy or an Arrow array."""
+    column = pa.array(values, SCHEMA.field(name).type) if isinstance(values, np.ndarray) else values
+    return table.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
 
 
 def trace(parts: list[pa.Table], *, where: str, kind: str, ignored: tuple[str, ...]) -> pa.Table:
@@ -65,7 +71,7 @@ def trace(parts: list[pa.Table], *, where: str, kind: str, ignored: tuple[str, .
 
     Times that already count from a start keep it, so that a plan with a quiet beginning is replayed with it.
     """
-    table = arranged(pa.concat_tables([*parts, SCHEMA.empty_table()]))
+    table = numbered(by_arrival(pa.concat_tables([*parts, SCHEMA.empty_table()])))
     if not len(table):
         raise InputError("holds no requests", where=where, fix="record some traffic, or use the shipped hour azure-code-2023")
     arrivals = table["arrival_at_ns"].to_numpy()

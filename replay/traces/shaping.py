@@ -18,13 +18,16 @@ import pyarrow.compute as pc
 from replay.errors import InputError
 from replay.records import NS_PER_S
 from replay.schedule import session_codes
-from replay.traces.columns import MAX_SPAN_NS, arranged, with_column
+from replay.traces.columns import MAX_SPAN_NS, SCHEMA, by_arrival, numbered, with_column
 
 # A copy comes up to a second later than its original: bursts keep their shape, and no copy lands on its original.
 COPY_DELAY_NS: Final = NS_PER_S
 _GOLDEN: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads the copies' prefix ids over the 64 bits
+_COPY_STEP: Final = 2**40  # copy k of row n is k * 2**40 + n: no trace has that many rows
+_PIECE_ROWS: Final = 2**16
 _RATE, _COPY, _JITTER = range(3)  # streams of random numbers
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ def shape(table: pa.Table, shaping: Shaping) -> pa.Table:
     Raises InputError where nothing is left.
     """
     plan, end_ns = _cut(table, shaping)
+    # Until the end request_id says where a row comes from, and the prefixes, the bulk of a trace, are left behind.
+    plan = with_column(plan, "prefix_hashes", pa.nulls(len(plan), SCHEMA.field("prefix_hashes").type))
     plan = _scale_rate(plan, end_ns, shaping)
     if shaping.time_scale != 1:
         plan = _scale_time(plan, shaping.time_scale)
@@ -77,8 +82,10 @@ def shape(table: pa.Table, shaping: Shaping) -> pa.Table:
         draws = _draws(plan, shaping.seed, _JITTER)
         plan = _delayed(plan, round(shaping.jitter_s * NS_PER_S), draws, end_ns)
     for name in ("prompt_tokens", "output_tokens"):
-        plan = with_column(plan, name, pc.max_element_wise(plan[name], 1).combine_chunks())
-    return arranged(plan)
+        plan = with_column(plan, name, pc.max_element_wise(plan[name], 1))
+    plan = by_arrival(plan)
+    hashes = _prefix_hashes(table["prefix_hashes"], plan["request_id"].to_numpy())
+    return numbered(with_column(plan, "prefix_hashes", hashes))
 
 
 def _cut(table: pa.Table, shaping: Shaping) -> tuple[pa.Table, int | None]:
@@ -99,15 +106,13 @@ def _cut(table: pa.Table, shaping: Shaping) -> tuple[pa.Table, int | None]:
         first = int(np.argmax(ends - np.arange(len(inside))))
         low, high, start_ns = low + first, low + int(ends[first]), int(inside[first])
         end_ns = start_ns + width_ns if end_ns is None else min(end_ns, start_ns + width_ns)
-    kept = table.slice(low, high - low)
+    kept = numbered(table.slice(low, high - low), first=low)
     return with_column(kept, "arrival_at_ns", arrivals[low:high] - start_ns), None if end_ns is None else end_ns - start_ns
 
 
 def _scale_rate(plan: pa.Table, end_ns: int | None, shaping: Shaping) -> pa.Table:
     """Copy k of a row exists where its draw is below rate - k: all of the whole copies, a sample of the last."""
     rate = shaping.rate_scale
-    if rate == 1:
-        return plan
     copies = []
     for number in range(math.ceil(rate)):
         kept = plan
@@ -117,26 +122,39 @@ def _scale_rate(plan: pa.Table, end_ns: int | None, shaping: Shaping) -> pa.Tabl
     scaled = pa.concat_tables(copies)
     if not len(scaled):
         raise InputError("no request is left", where="rate_scale", rule=f"{len(plan)} requests x {rate:g}", fix="raise it")
-    return arranged(scaled)
+    return scaled
 
 
 def _copied(plan: pa.Table, number: int, draws: Floats, end_ns: int | None) -> pa.Table:
-    """One superposed copy: a little later, other sessions, other prefix ids with the same sharing among themselves."""
+    """One superposed copy: a little later, with sessions of its own, and marked by its number in request_id."""
     copy = _delayed(plan, COPY_DELAY_NS, draws, end_ns)
-    copy = with_column(copy, "session_id", pc.binary_join_element_wise(copy["session_id"], f"copy{number}", "/").combine_chunks())
-    hashes = copy["prefix_hashes"].combine_chunks()
-    lengths = pc.list_value_length(hashes).fill_null(0).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids = hashes.flatten().to_numpy() + np.uint64(number * _GOLDEN % 2**64)  # wraps around
-    return with_column(copy, "prefix_hashes", pa.ListArray.from_arrays(offsets, ids, mask=hashes.is_null()))
+    copy = with_column(copy, "session_id", pc.binary_join_element_wise(copy["session_id"], f"copy{number}", "/"))
+    return with_column(copy, "request_id", copy["request_id"].to_numpy() + number * _COPY_STEP)
+
+
+def _prefix_hashes(recorded: Any, origins: Ints) -> Any:
+    """The prefix ids of the rows that the plan's rows come from; a copy's are other ones, that share among themselves as before.
+
+    Taken by pieces of the plan: its rows lie close together in the trace, and only they are copied at a time.
+    """
+    pieces = []
+    for start in range(0, len(origins), _PIECE_ROWS):
+        copies, rows = np.divmod(origins[start : start + _PIECE_ROWS], _COPY_STEP)
+        first, last = int(rows.min()), int(rows.max())
+        taken = recorded.slice(first, last - first + 1).combine_chunks().take(pa.array(rows - first))
+        lengths = pc.list_value_length(taken).fill_null(0).to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids = taken.flatten().to_numpy() + np.repeat(copies.astype(np.uint64) * np.uint64(_GOLDEN), lengths)  # wraps around
+        pieces.append(pa.ListArray.from_arrays(offsets, ids, mask=taken.is_null()))
+    return pa.chunked_array(pieces, SCHEMA.field("prefix_hashes").type)
 
 
 def _scale_time(plan: pa.Table, scale: float) -> pa.Table:
-    last_ns = plan["arrival_at_ns"][-1].as_py() * scale
+    last_ns = pc.max(plan["arrival_at_ns"]).as_py() * scale
     if last_ns >= MAX_SPAN_NS:
         raise InputError(f"the plan would last {last_ns / NS_PER_S:.0f} s", where="time_scale", rule="at most three years")
     arrivals = np.rint(plan["arrival_at_ns"].to_numpy() * scale).astype(np.int64)
-    think_ns = pc.cast(pc.round(pc.multiply(plan["think_ns"], scale)), pa.int64()).combine_chunks()
+    think_ns = pc.cast(pc.round(pc.multiply(plan["think_ns"], scale)), pa.int64())
     return with_column(with_column(plan, "arrival_at_ns", arrivals), "think_ns", think_ns)
 
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from replay.errors import InputError
 
-BLOCK_BYTES: Final = 1 << 24
-MAX_LINE_BYTES: Final = BLOCK_BYTES
+BLOCK_BYTES: Final = 1 << 22
+MAX_LINE_BYTES: Final = 4 * BLOCK_BYTES
 # The first line is whole in it: at 2**24 tokens a Mooncake line has 32,768 hash ids of at most 22 bytes, 0.7 MB.
 HEAD_BYTES: Final = 1 << 20
 _BOM: Final = b"\xef\xbb\xbf"
