@@ -6,6 +6,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from replay.errors import InputError
 
@@ -22,5 +23,5 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        errors.print(f"[bold red]error[/] {error}", soft_wrap=True, highlight=False, markup=True)
+        errors.print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True, highlight=False, markup=True)
         sys.exit(2)
