@@ -223,13 +223,16 @@ class Fleet:
         self._pump(now_ns)
 
     def fail(self, now_ns: int, request_id: int, kind: str, tokens_out: int) -> None:
-        """A dispatch failed. Nothing sent yet and attempts left: it goes to another replica; else it ends as ``error``."""
+        """A dispatch failed. Nothing sent yet and attempts left: it goes to another replica; else it ends as ``error``.
+
+        ``client_error`` (a 4xx of the replica) is never tried again: another replica would say the same.
+        """
         entry = self._inside.get(request_id)
         if entry is None or entry.replica is None:
             return
         entry.failed_on.append(entry.replica.replica_id)
         self._leave_replica(now_ns, entry, "failed", tokens_out)
-        if tokens_out == 0 and entry.attempt < self.policy.attempts_max:
+        if tokens_out == 0 and kind != "client_error" and entry.attempt < self.policy.attempts_max:
             entry.retry_ns += now_ns - entry.dispatched_at_ns
             entry.waiting_since_ns, entry.unready_ns = now_ns, self._unready.until(now_ns)
             self._enqueue(now_ns, entry)
