@@ -41,9 +41,7 @@ def figures() -> Iterator[dict[str, Any]]:
             lost += len(plan) - len(rows)
             statuses = rows["status"].to_pylist()
             answered.append(statuses.count("ok") / len(statuses))
-            lateness = sorted(
-                sent - due for sent, due in zip(rows["sent_at_ns"].to_pylist(), rows["scheduled_at_ns"].to_pylist(), strict=True)
-            )
+            lateness = sorted(pc.subtract(rows["sent_at_ns"], rows["scheduled_at_ns"]).to_pylist())
             p99_ms.append(lateness[int(0.99 * len(lateness))] / 1e6)
             p50_ms, max_ms = lateness[len(lateness) // 2] / 1e6, lateness[-1] / 1e6
             print(
@@ -51,20 +49,11 @@ def figures() -> Iterator[dict[str, Any]]:
                 flush=True,
             )
     median_ms = statistics.median(p99_ms)
-    keys = ("name", "value", "unit", "against", "ratio", "target", "ok")
-    yield dict(
-        zip(
-            keys,
-            ("send lateness p99, busiest 5 min, median of 3", median_ms, "ms", "the schedule", None, "<= 2", median_ms <= 2),
-            strict=True,
-        )
-    )
-    yield dict(zip(keys, ("send lateness p99, worst of 3", max(p99_ms), "ms", "the schedule", None, None, None), strict=True))
-    yield dict(zip(keys, ("requests without a row", float(lost), "requests", "the plan", None, "0", lost == 0), strict=True))
-    yield dict(
-        zip(
-            keys,
-            ("answered ok, least of 3", min(answered), "share", "all that arrived", None, "1", min(answered) == 1),
-            strict=True,
-        )
-    )
+    yield figure("send lateness p99, busiest 5 min, median of 3", median_ms, "ms", "the schedule", "<= 2", median_ms <= 2)
+    yield figure("send lateness p99, worst of 3", max(p99_ms), "ms", "the schedule", None, None)
+    yield figure("requests without a row", float(lost), "requests", "the plan", "0", lost == 0)
+    yield figure("answered ok, least of 3", min(answered), "share", "all that arrived", "1", min(answered) == 1)
+
+
+def figure(name: str, value: float, unit: str, against: str, target: str | None, ok: bool | None) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "against": against, "ratio": None, "target": target, "ok": ok}
