@@ -36,7 +36,7 @@ from tracing.sampling import Sampler, Sampling
 from tracing.spans import row_spans
 
 POLL_S: Final = 0.25
-PART_S: Final = 4.0  # a part at least every 5 s, the time to write it included
+PART_S: Final = 4.0  # a part at least every 5 s: this, a poll and the time to write it
 CHUNK_RECORDS: Final = 50_000  # 23 MB of records at a time, however far behind the recorder is
 EXPORT_CLOSE_S: Final = 5.0
 
@@ -52,7 +52,7 @@ class Spool:
 class Recorder:
     """Reads what is new (``poll``), writes parts, and leaves one part a spool at the end (``finish``)."""
 
-    def __init__(self, run: Path, side: str, sampling: dict[str, Any]) -> None:
+    def __init__(self, run: Path, side: str, sampling: dict[str, Any], part_s: float = PART_S) -> None:
         self._run, self._side = RunDir(run), side
         self._manifest, self._plan = self._run.manifest, self._run.plan()
         for key in ("id", "started_at_unix_ns"):
@@ -70,7 +70,8 @@ class Recorder:
         self._states: dict[Path, Spool] = {}
         self._rows = 0
         self._failure = ""
-        self._part_due = time.monotonic() + PART_S
+        self._part_s = part_s
+        self._part_due = time.monotonic() + part_s
 
     def poll(self) -> None:
         """Read what the spools hold beyond what was seen; write parts when they are due."""
@@ -84,7 +85,7 @@ class Recorder:
             self._read_states(self._states.setdefault(path, Spool(path)))
         if time.monotonic() >= self._part_due:
             self._write_parts()
-            self._part_due = time.monotonic() + PART_S
+            self._part_due = time.monotonic() + self._part_s
         self._publish_totals()
 
     def finish(self) -> dict[str, Any]:
@@ -205,6 +206,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample-per-s", type=int, dest="per_s", help="keep at most K traces a second")
     parser.add_argument("--slow-ttft-s", type=float, help="keep traces whose TTFT is above (default: the run's target, else 5)")
     parser.add_argument("--slow-e2e-s", type=float, help="keep traces that took longer (default: the run's target, else 60)")
+    parser.add_argument("--part-s", type=float, default=PART_S, help="write Parquet this often (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -234,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     stop = stop_when_told()
     sampling = {name: getattr(options, name) for name in Sampling._fields}
     try:
-        recorder = Recorder(options.run, options.role, sampling)
+        recorder = Recorder(options.run, options.role, sampling, options.part_s)
     except (InputError, OSError) as error:
         print(f"recorder: {error}", file=sys.stderr)
         return 2
