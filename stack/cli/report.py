@@ -1,0 +1,89 @@
+"""``tidegauge report``: runs in, the verdict out, on the terminal and as files."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from stack.cli import app, console
+
+if TYPE_CHECKING:
+    from replay.report.assemble import Report
+
+_VERDICT_STYLES = {"cheapest": "bold green", "none": "bold red", "not comparable": "bold red"}
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Experiment folders or single run folders.", metavar="RUN...")],
+    slo: Annotated[str | None, typer.Option(help="Objective instead of the declared one, like 'ttft<=1s,tpot<=50ms'.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Policy that the others are compared with (default: the first).")] = None,
+    target: Annotated[float, typer.Option(help="Share of requests that have to be good.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, .md, .csv and .json (default: RUN/report).")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the CSV here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the Markdown here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON at full precision instead of tables.")] = False,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Say which policy met the objective for the least money, and show the figures behind it.
+
+    Exit code 1 where a run is invalid (marked in red, with its reason).
+
+    Example: [bold]tidegauge report runs/20261116-181703 --slo 'ttft<=1s,tpot<=50ms'[/]
+    """
+    from replay.report import files
+    from replay.report.assemble import assemble
+    from replay.report.slo import Slo
+
+    found = assemble(runs, slo=Slo.parse(slo) if slo else None, baseline=baseline, target=target)
+    folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
+    written = files.write(found, folder, command=shlex.join(["tidegauge", *sys.argv[1:]]))
+    for path, suffix in ((csv, "csv"), (markdown, "md")):
+        if path is not None:
+            path.write_text(written[suffix].read_text(encoding="utf-8"), encoding="utf-8")
+    if as_json:
+        typer.echo(written["json"].read_text(encoding="utf-8"), nl=False)
+    else:
+        show(found)
+        console.print(f"\npage      {escape(str(written['html']))}", soft_wrap=True, highlight=False)
+    if open_page:
+        webbrowser.open(written["html"].resolve().as_uri())
+    if found.faults:
+        raise typer.Exit(1)
+
+
+def show(found: Report) -> None:
+    """The report on the terminal: ground and verdict first, then the figures, then the differences."""
+    from replay.report import tables
+
+    names = [policy.name for policy in found.policies]
+    console.print(f"[bold]{escape(found.ground)}[/]", highlight=False)
+    style = _VERDICT_STYLES.get(found.verdict.kind, "bold yellow")
+    console.print(f"[{style}]{escape(found.verdict.sentence)}[/]\n", highlight=False)
+    console.print(escape(tables.trace_words(found)), highlight=False)
+    console.print(f"objective {escape(str(found.slo))}; price {escape(tables.price_words(found))}", highlight=False)
+    for fault in found.faults:
+        console.print(f"[bold red]INVALID[/] {escape(fault)}", highlight=False)
+    for warning in found.warnings:
+        console.print(f"[yellow]mind[/] {escape(warning)}", highlight=False)
+    overview = Table("a run", *(escape(name) for name in names), title_justify="left")
+    for label, cells in tables.overview(found):
+        overview.add_row(label, *map(escape, cells))
+    console.print(overview)
+    if rows := tables.differences(found):
+        has_interval = any(comparison.ci_low is not None for comparison in found.comparisons)
+        asked = f"95 %, t over pairs; the question: {found.question}" if has_interval else "no interval: not enough data"
+        console.print(
+            f"\nagainst {escape(found.baseline)} ({escape(asked)}); descriptive, the verdict alone decides", highlight=False
+        )
+        differences = Table("difference", *(escape(name) for name in names[1:]))
+        for label, cells in rows:
+            differences.add_row(label, *map(escape, cells))
+        console.print(differences)
