@@ -28,29 +28,23 @@ class Relay:
         self._held = self.kept = b""
         self.done, self.done_at = False, -1
 
-    def feed(self, data: bytes) -> bytes:
+    def feed(self, data: bytes, last: bool = False) -> bytes:
+        """``data`` as it was read; with ``last`` nothing is held back any more."""
+        self.done_at = -1
         if self._held:
             data, self._held = self._held + data, b""
         cut = _last_event_end(data) if self._strip_usage else data.rfind(b"\n") + 1
-        if cut != len(data):
+        if cut != len(data) and not last:
             if cut == 0 and len(data) > HELD_MAX:
                 return data
             self._held, data = data[cut:], data[:cut]
-        return self._pass(data) if data else data
-
-    def finish(self) -> bytes:
-        """What is still held when the stream ends."""
-        held, self._held = self._held, b""
-        return self._pass(held) if held else held
-
-    def _pass(self, data: bytes) -> bytes:
+        if not data:
+            return data
         self.kept = data[-KEPT_BYTES:] if len(data) >= KEPT_BYTES else (self.kept + data)[-KEPT_BYTES:]
         if self._strip_usage and b'"usage"' in data and _USAGE_ONLY.search(data):
             data = _without_usage(data)
         if b"[DONE]" in data and (match := DONE.search(data)):
             self.done, self.done_at = True, match.start()
-        else:
-            self.done_at = -1
         return data
 
 

@@ -27,6 +27,11 @@ class Address(NamedTuple):
     port: int
     base_path: str = ""
 
+    @property
+    def authority(self) -> bytes:
+        """As a Host header says it."""
+        return (f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}").encode()
+
 
 class Waits(NamedTuple):
     """How long a replica may take, in seconds."""
