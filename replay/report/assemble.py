@@ -171,14 +171,11 @@ def _policies(places: Sequence[Path], manifests: Sequence[Manifest], slo: Slo) -
 def _policy(name: str, runs: dict[int, tuple[Path, Manifest]], slo: Slo) -> Policy:
     arms: list[Arm] = []
     shown: Timeline | None = None
-    done: set[str] = set()
     for repeat, (place, manifest) in sorted(runs.items()):
-        if manifest.get("kind") == "simulated":
-            if (same := json.dumps([manifest.get("trace"), manifest.get("seed")], sort_keys=True)) in done:
-                continue  # the same simulation again gives the same rows: no repeat
-            done.add(same)
         run = load_run(place, REPORT_COLUMNS)
         measured = measure(run, slo)
+        if manifest.get("kind") == "simulated" and any(measured.totals == arm.measured.totals for arm in arms):
+            continue  # the same simulation again, to the last digit: no repeat
         conserved = None if run.planned is None else not (run.lost or run.repeated or run.foreign)
         arms.append(Arm(name, repeat, place, run.name, run.manifest, run.faults(), measured, figures(measured.totals), conserved))
         shown = shown or timeline(run)

@@ -174,7 +174,8 @@ def run_rows(report: Report) -> list[list[str]]:
     return [
         [
             arm.policy, str(arm.repeat), arm.name, str(arm.manifest.get("seed", NOT_MEASURED)),
-            value(arm.figures["arrived"], "requests"), _conserved(arm), _late(arm), "valid" if not arm.faults else "INVALID: " + "; ".join(arm.faults),
+            value(arm.figures["arrived"], "requests"), _conserved(arm), _late(arm),
+            "INVALID: " + "; ".join(arm.faults) if arm.faults else "valid",
         ]
         for policy in report.policies
         for arm in policy.arms

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import sys
+import shutil
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,30 +37,49 @@ def report(
 
     Exit code 1 where a run is invalid (marked in red, with its reason).
 
-    Example: [bold]tidegauge report runs/20261116-181703 --slo 'ttft<=1s,tpot<=50ms'[/]
+    Example: [cyan]tidegauge report runs/20261116-181703 --slo 'ttft<=1s,tpot<=50ms'[/]
     """
+    found, written = make(runs, slo=slo, baseline=baseline, target=target, out=out)
+    for path, suffix in ((csv, "csv"), (markdown, "md")):
+        if path is not None:
+            shutil.copyfile(written[suffix], path)
+    if as_json:
+        typer.echo(written["json"].read_text(encoding="utf-8"), nl=False)
+    else:
+        show(found, written["html"])
+    if open_page:
+        webbrowser.open(written["html"].resolve().as_uri())
+    raise typer.Exit(exit_code(found))
+
+
+def print_report(runs: Sequence[Path]) -> int:
+    """Write the report of ``runs`` and show it on the terminal; returns the command's exit code."""
+    found, written = make(runs)
+    show(found, written["html"])
+    return exit_code(found)
+
+
+def make(
+    runs: Sequence[Path], *, slo: str | None = None, baseline: str | None = None, target: float = 0.95, out: Path | None = None
+) -> tuple[Report, dict[str, Path]]:
+    """The report and the files that it was written to, by suffix."""
     from replay.report import files
     from replay.report.assemble import assemble
     from replay.report.slo import Slo
 
     found = assemble(runs, slo=Slo.parse(slo) if slo else None, baseline=baseline, target=target)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
-    written = files.write(found, folder, command=shlex.join(["tidegauge", *sys.argv[1:]]))
-    for path, suffix in ((csv, "csv"), (markdown, "md")):
-        if path is not None:
-            path.write_text(written[suffix].read_text(encoding="utf-8"), encoding="utf-8")
-    if as_json:
-        typer.echo(written["json"].read_text(encoding="utf-8"), nl=False)
-    else:
-        show(found)
-        console.print(f"\npage      {escape(str(written['html']))}", soft_wrap=True, highlight=False)
-    if open_page:
-        webbrowser.open(written["html"].resolve().as_uri())
-    if found.faults:
-        raise typer.Exit(1)
+    options = {"--slo": slo, "--baseline": baseline, "--target": None if target == 0.95 else f"{target:g}"}
+    given = [word for option, setting in options.items() if setting is not None for word in (option, setting)]
+    return found, files.write(found, folder, command=shlex.join(["tidegauge", "report", *map(str, runs), *given]))
 
 
-def show(found: Report) -> None:
+def exit_code(found: Report) -> int:
+    """1 where a run is invalid: a check failed."""
+    return 1 if found.faults else 0
+
+
+def show(found: Report, page: Path) -> None:
     """The report on the terminal: ground and verdict first, then the figures, then the differences."""
     from replay.report import tables
 
@@ -73,7 +93,7 @@ def show(found: Report) -> None:
         console.print(f"[bold red]INVALID[/] {escape(fault)}", highlight=False)
     for warning in found.warnings:
         console.print(f"[yellow]mind[/] {escape(warning)}", highlight=False)
-    overview = Table("a run", *(escape(name) for name in names), title_justify="left")
+    overview = Table("a run", *(escape(name) for name in names))
     for label, cells in tables.overview(found):
         overview.add_row(label, *map(escape, cells))
     console.print(overview)
@@ -87,3 +107,6 @@ def show(found: Report) -> None:
         for label, cells in rows:
             differences.add_row(label, *map(escape, cells))
         console.print(differences)
+    console.print(f"\npage  {escape(str(page))}", soft_wrap=True, highlight=False)
+    if found.faults:
+        console.print("exit 1: a run is invalid", highlight=False)
