@@ -21,10 +21,11 @@ HOST_STEP_MS: Final = 0.5  # scheduler, sampling and detokenising around a step;
 HOST_REQUEST_MS: Final = 0.006  # and for every request in it
 FRONT_END_NS: Final = 3_000_000  # the replica's API server before the scheduler sees a request; the server around adds it
 
-# Time inside: 1 ns = 10^6 fs, and a step is scaled by a mean slowness in 1/1024, so a tick is fs/1024.
+# Time inside: coefficients are whole attoseconds (1e-18 s; at femtoseconds, 25 M token pairs of attention would be 6 ns off), and
+# a step is scaled by a mean slowness in 1/1024, so a tick is an attosecond/1024.
 _SLOWNESS_ONE: Final = 1024
-_FS_PER_MS: Final = 10**12
-TICKS_PER_NS: Final = 10**6 * _SLOWNESS_ONE
+_AS_PER_MS: Final = 10**15
+TICKS_PER_NS: Final = 10**9 * _SLOWNESS_ONE
 
 
 class Event(NamedTuple):
@@ -42,34 +43,34 @@ class Load(NamedTuple):
 
 
 class StepTime:
-    """The profile's formula and the host's overhead in whole femtoseconds (1e-15 of a second: 9 digits of every coefficient)."""
+    """The profile's formula and the host's overhead, in whole attoseconds."""
 
     __slots__ = ("a", "b", "c_half", "d", "e", "floor", "host")
 
     def __init__(self, profile: Profile) -> None:
-        def fs(milliseconds: float) -> int:
-            return round(milliseconds * _FS_PER_MS)
+        def attoseconds(milliseconds: float) -> int:
+            return round(milliseconds * _AS_PER_MS)
 
-        self.floor, self.a, self.b = fs(profile.F), fs(profile.a), fs(profile.b)
-        self.c_half = fs(profile.c / 2)  # attention is counted in halves: chunk * (2*past + chunk)
-        self.e, self.host = fs(profile.e), fs(HOST_STEP_MS)
-        self.d = fs(profile.d)
+        self.floor, self.a, self.b = attoseconds(profile.F), attoseconds(profile.a), attoseconds(profile.b)
+        self.c_half = attoseconds(profile.c / 2)  # attention is counted in halves: chunk * (2*past + chunk)
+        self.e, self.host = attoseconds(profile.e), attoseconds(HOST_STEP_MS)
+        self.d = attoseconds(profile.d)
 
     def ticks(self, prefill: int, attention_halves: int, chunks: int, decoding: int, context: int, slowness_sum: int) -> int:
         """One step. Its slowness is the mean over its requests, in 1/1024."""
         requests = decoding + chunks
-        femtoseconds = (
+        step = (
             max(self.floor, self.a + self.b * prefill)
             + self.c_half * attention_halves
             + self.d * decoding
             + self.e * context
             + self.host
-            + _HOST_REQUEST_FS * requests
+            + _HOST_REQUEST_AS * requests
         )
-        return femtoseconds * (slowness_sum // requests)
+        return step * (slowness_sum // requests)
 
 
-_HOST_REQUEST_FS: Final = round(HOST_REQUEST_MS * _FS_PER_MS)
+_HOST_REQUEST_AS: Final = round(HOST_REQUEST_MS * _AS_PER_MS)
 
 
 class _Sequence:

@@ -28,6 +28,7 @@ BYTES_PER_TOKEN: Final = 4  # of the prompts that the load generator makes
 
 # Kinds of agenda entries; at one instant they are taken in this order.
 _READY, _STEP, _SUBMIT, _ARRIVE, _SAMPLE, _END = range(6)
+_NEVER_NS: Final = 2**63
 _NOT_DISPATCHED: Final = Dispatch(-1, -1, 0, limit_ns=-1, queue_ns=-1, cold_start_ns=-1, retry_ns=-1)
 
 
@@ -123,6 +124,7 @@ class Driver:
         self._due: dict[int, int | None] = {}  # replica -> the one of its _STEP entries that counts
         self._engines: dict[int, Engine] = {}  # of replicas that are ready
         self._flights: dict[int, Flight] = {}
+        self._wake_ns = _NEVER_NS
 
     # --- the loop ------------------------------------------------------------------------------------------------------------
 
@@ -136,8 +138,7 @@ class Driver:
         self._plan_next_initial()
         handlers = (self._ready, self._step, self._submit, self._arrive, self._sample, self._end)
         while len(self.rows) < rows_len:
-            wake_ns = fleet.next_wake_ns()
-            if wake_ns is not None and wake_ns < agenda[0][0]:
+            if (wake_ns := self._wake_ns) < agenda[0][0]:
                 fleet.wake(wake_ns)
                 self._carry_out(wake_ns)
             else:
@@ -174,7 +175,7 @@ class Driver:
                 self._end_request(at_ns, request_id, OK, tokens=output)
             else:
                 fleet.fail(at_ns, request_id, kind, 0)
-            self._carry_out(at_ns)
+        self._carry_out(at_ns)
         self._plan_step(replica_id, engine)
 
     def _plan_step(self, replica_id: int, engine: Engine) -> None:
@@ -212,9 +213,9 @@ class Driver:
         """The drain is over: the client gives up what is inside, and turns that waited for it are not sent."""
         for request_id, flight in list(self._flights.items()):
             engine, tokens = self._engines.get(flight.dispatch.replica_id), 0
-            if engine is not None and flight.first_at_ns >= 0:
-                tokens = engine.generated(request_id)
             if engine is not None:
+                engine.advance(at_ns)  # its events up to now are on the agenda before this entry: there are none left
+                tokens = engine.generated(request_id) if flight.first_at_ns >= 0 else 0
                 engine.cancel(at_ns, request_id)
             self.fleet.cancel(at_ns, request_id)
             self._end_request(at_ns, request_id, TIMEOUT, tokens=tokens, detail="inside at the end of the drain")
@@ -238,6 +239,9 @@ class Driver:
     # --- effects -------------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, at_ns: int) -> None:
+        """To be called after every input that may have effects or move the fleet's next wake."""
+        wake_ns = self.fleet.next_wake_ns()
+        self._wake_ns = _NEVER_NS if wake_ns is None else wake_ns
         for effect in self.fleet.drain():
             if isinstance(effect, Dispatch):
                 flight = self._flights[effect.request_id]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from replay.engine import BLOCK_TOKENS, HOST_REQUEST_MS, HOST_STEP_MS, TICKS_PER_NS, Event
 from replay.hardware import Profile
 
-FS_PER_MS = 10**12
+AS_PER_MS = 10**15
 
 
 class Operation(NamedTuple):
@@ -41,17 +41,17 @@ class Job:
 
 
 def step_ticks(profile: Profile, chunks: list[tuple[Job, int]], decoding: list[Job]) -> int:
-    """The formula, coefficient by coefficient rounded to a femtosecond, times the mean slowness in 1/1024."""
+    """The formula, coefficient by coefficient rounded to an attosecond, times the mean slowness in 1/1024."""
     prefill = sum(chunk for _, chunk in chunks)
     halves = sum(chunk * (2 * job.prefilled + chunk) for job, chunk in chunks)
     context = sum(job.prompt + job.made for job in decoding)
     members = [job for job, _ in chunks] + decoding
     floor, a, b, c_half, d, e, host, host_request = (
-        round(value * FS_PER_MS)
+        round(value * AS_PER_MS)
         for value in (profile.F, profile.a, profile.b, profile.c / 2, profile.d, profile.e, HOST_STEP_MS, HOST_REQUEST_MS)
     )
-    femtoseconds = max(floor, a + b * prefill) + c_half * halves + d * len(decoding) + e * context + host
-    return (femtoseconds + host_request * len(members)) * (sum(job.slowness for job in members) // len(members))
+    attoseconds = max(floor, a + b * prefill) + c_half * halves + d * len(decoding) + e * context + host
+    return (attoseconds + host_request * len(members)) * (sum(job.slowness for job in members) // len(members))
 
 
 def simulate(
