@@ -24,7 +24,7 @@ FLOORS = {
 # Inside replay, from the ground up; a module imports only from rows above its own (or its own row).
 STOREYS = (
     ("replay.errors", "replay.windows"),
-    ("replay.records", "replay.wire", "replay.strict", "replay.slo"),
+    ("replay.records", "replay.wire", "replay.sse", "replay.strict", "replay.slo"),
     ("replay.traces", "replay.requests", "replay.schedule", "replay.prompts", "replay.coldstart", "replay.hardware"),
     ("replay.policies.protocols",),
     ("replay.policies.balancers", "replay.policies.queues", "replay.policies.limiters", "replay.policies.autoscalers", "replay.policies.costs"),
