@@ -82,7 +82,7 @@ def prefix_reuse(table: pa.Table) -> dict[str, float] | None:
     return {
         "blocks": len(blocks),
         "block_share": 1 - distinct / len(blocks),
-        "request_share": 1 - len(np.unique(first)) / len(table),
+        "request_share": (len(first) - len(np.unique(first))) / len(table),
     }
 
 

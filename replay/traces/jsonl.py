@@ -2,7 +2,8 @@
 
 Mooncake (https://github.com/kvcache-ai/Mooncake, FAST25-release): timestamp (ms), input_length, output_length (tokens) and
 hash_ids, one id per started block of 512 prompt tokens. Ours adds, each optional: session_id, turn, think_ns, model, tenant,
-priority, deadline_ns. timestamp may be a fraction (exact to the nanosecond up to 26 days after zero) or Unix time in ms.
+priority, deadline_ns. timestamp may be a fraction (a 64-bit float is exact to the nanosecond for 2**52 ns, 52 days; to 0.25 us
+for Unix time in ms).
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def _parse(lines: bytes) -> pa.Table:
     if len(decoded) != lines.count(b"\n") and len(decoded) != sum(1 for line in lines.split(b"\n") if line.strip()):
         raise InputError("an object that is not alone on its line", rule=_RULE)
     stamps_ms = np.fromiter((line.timestamp for line in decoded), np.float64, len(decoded))
-    return rows({"arrival_at_ns": pa.array(np.rint(stamps_ms * 1e6).astype(np.int64)), **known})
+    whole_ms = np.floor(stamps_ms)
+    arrivals = whole_ms.astype(np.int64) * 1_000_000 + np.rint((stamps_ms - whole_ms) * 1e6).astype(np.int64)
+    return rows({"arrival_at_ns": pa.array(arrivals), **known})
 
 
 def _column(key: str, decoded: list[Line]) -> Any:
