@@ -110,3 +110,8 @@ def api_keys(document: Any, where: str) -> dict[str, str]:
         if not (isinstance(key, str) and key and isinstance(tenant, str) and tenant):
             raise InputError("is no text", where=f"{where}, entry {number}", rule="key: tenant, both texts and not empty")
     return dict(document)
+
+
+def url(host: str, port: int) -> str:
+    """Where a gateway listens, as its clients write it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

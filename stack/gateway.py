@@ -31,7 +31,7 @@ from replay.requests import TokenRatio, observe
 from replay.sse import TokenFinder, Usage
 from stack import inbound
 from stack.call import Call
-from stack.config import GatewayConfig
+from stack.config import GatewayConfig, url
 from stack.httpd import Exchange, Server, serve
 from stack.ledger import FLUSH_S, Ledger, RecorderProcess
 from stack.pool import Pool, PoolRefused, make_pool
@@ -254,15 +254,14 @@ class Gateway:
 
     async def _bring_up(self, replica_id: int, rung: str | None) -> None:
         try:
-            host, port, base_path = await self.pool.start(replica_id, rung)
+            address = await self.pool.start(replica_id, rung)
         except PoolRefused as refusal:
             self.fleet.replica_refused(self.now_ns(), replica_id, refusal.reason, round(refusal.retry_s * NS_PER_S))
         except Exception as error:  # whatever it was, the fleet must learn that this replica will not come
             log.exception("replica %d could not be started", replica_id)
             self.fleet.replica_refused(self.now_ns(), replica_id, f"start failed: {error}", round(START_RETRY_S * NS_PER_S))
         else:
-            # Paths of requests begin with /v1 themselves.
-            self.addresses[replica_id] = Address(host, port, base_path.rstrip("/").removesuffix("/v1"))
+            self.addresses[replica_id] = address
             self.ledger.replica_ready(self.now_ns(), replica_id)
             self.fleet.replica_ready(self.now_ns(), replica_id)
         self._carry_out()
@@ -374,7 +373,7 @@ class Gateway:
 
 async def run(config: GatewayConfig, announce: Callable[[int], None]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. ``announce`` gets the port once it listens."""
-    gateway = Gateway(config, make_pool(config.fleet, config.run_dir))
+    gateway = Gateway(config, make_pool(config.fleet, config.run_dir, seed=config.seed))
     told = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, told.set)
@@ -405,8 +404,7 @@ def main(argv: list[str] | None = None) -> int:
         config = GatewayConfig.read(options.config)
 
         def announce(port: int) -> None:
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            print(json.dumps({"port": port, "url": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)
+            print(json.dumps({"port": port, "url": url(config.host, port), "pid": os.getpid()}), flush=True)
 
         return uvloop.run(run(config, announce))
     except InputError as error:

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -156,12 +155,11 @@ class RecorderProcess:
             log.error("the recorder ended with %s: rows stay in the spool, metrics and spans stop", process.returncode)
 
     async def stop(self) -> None:
-        """Ask it to end and wait until it has read the spool to its end."""
+        """Close its stdin (a signal could come before it listens for one) and wait until it has read the spool to its end."""
         if self._process is None or self._reader is None:
             return
-        if self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
             async with asyncio.timeout(RECORDER_ENDS_S):
                 await self._reader
