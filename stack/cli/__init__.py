@@ -25,3 +25,7 @@ def main() -> None:
     except InputError as error:
         errors.print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True, highlight=False, markup=True)
         sys.exit(2)
+
+
+# Each module registers its commands on ``app``; heavy imports stay inside them, so that --help is quick.
+from stack.cli import dashboards, policies, replica, report, run, trace  # noqa: E402, F401, I001 (the order of --help)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -43,6 +44,37 @@ def run(
 
         raise typer.Exit(print_report([folder]))
     console.print(f"next: [cyan]tidegauge report {folder}[/]")
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs"),
+    live: Annotated[bool, typer.Option(help="Also replay the busiest minute live, on stand-in GPUs.")] = True,
+) -> None:
+    """The shipped hour of real traffic, under five minutes: a burst live on two policies, then all of it simulated on four.
+
+    Example: [cyan]tidegauge demo[/]
+    """
+    from stack import experiment as experiments
+    from stack.cli.report import make, show
+
+    files = Path(__file__).parent.parent / "demo"
+    if live:
+        console.rule("1 of 2: the busiest minute, live, through gateway and replicas (stand-in GPUs)")
+        found, written = make([carry_out(experiments.load(files / "live.yaml"), out, simulate=False)])
+        console.print(f"[bold]{escape(found.ground)}[/]\n{escape(found.verdict.sentence)}\npage  {written['html']}", soft_wrap=True)
+    console.rule("2 of 2: the whole hour, simulated, 20 repeats each")
+    folder = carry_out(experiments.load(files / "hour.yaml"), out, simulate=True)
+    found, written = make([folder])
+    show(found, written["html"])
+    if live:
+        console.print("One live pair alone is not enough data: it proved the path; the verdict stands on the 20 simulated repeats.")
+    console.print("\nnext, with your own")
+    console.print("  trace     [cyan]tidegauge trace describe my-traffic.csv[/]")
+    console.print("  fleet     [cyan]locust -f loadgen/ --host http://my-gateway:8000 --trace my-traffic.csv --busiest 90s[/]")
+    console.print(
+        f"  policies  [cyan]tidegauge run {files / 'hour.yaml'} --simulate[/]  (copy it; name or write your policies there)"
+    )
 
 
 def carry_out(experiment: Experiment, out: Path, *, simulate: bool) -> Path:
@@ -107,8 +139,7 @@ def _print_plan(experiment: Experiment, *, simulate: bool, json_out: bool) -> No
     console.print(rows)
     console.print(f"ground: {document['ground']['kind']}, {document['ground']['detail']}")
     if not simulate:
-        console.print(
-            f"duration: {len(arms) * (start_s + planned_s) / 60:.1f} min, at most {document['duration_s_max'] / 60:.1f} with every drain"
-        )
+        shortest_min, longest_min = len(arms) * (start_s + planned_s) / 60, document["duration_s_max"] / 60
+        console.print(f"duration: {shortest_min:.1f} min, at most {longest_min:.1f} with every drain")
     for warning in document["warnings"]:
         console.print(f"[yellow]warning[/] {warning}")
