@@ -230,7 +230,9 @@ class Engine:
 
     def _begin(self) -> None:
         """Schedule the next step; where nothing is prefilled, all steps up to the next change at once."""
-        prefill, attention_halves, slowness = self._schedule_prefill()
+        prefill, attention_halves, slowness = 0, 0, self._slowness
+        if self._partial is not None or self._waiting:
+            prefill, attention_halves, slowness = self._schedule_prefill()
         chunks = len(self._chunks)
         if self._decoding + chunks == 0:
             self._end_ns = None

@@ -51,7 +51,7 @@ class Row(NamedTuple):
     ended_at_ns: int
     done_at_ns: int  # at the client
     tokens: int  # published by then
-    detail: int  # index into the driver's texts
+    detail: int  # the driver's texts by number
 
 
 class Flight:
@@ -111,7 +111,7 @@ class Driver:
         self.network_ns, self.gateway_ns, self.slowness = network_ns, gateway_ns, slowness
         self.states = bytearray()
         self.rows = array("q")  # Row after Row
-        self.texts: list[str] = [""]
+        self.texts: dict[str, int] = {"": 0}  # detail -> its number in the rows
         self.lifetimes: dict[int, ReplicaLifetime] = {}
         self.ended_at_ns = 0
         self.requests, self._schedule = Requests(plan), Schedule(plan)
@@ -277,15 +277,20 @@ class Driver:
             self.states += FLEET_STATE_STRUCT.pack(*self.fleet.state(at_ns, billed * self._usd_per_hour))
 
     def _end_request(
-        self, at_ns: int, request_id: int, status: int, *, tokens: int = 0, waits: tuple[int, int, int, int, int] | None = None, detail: str = ""
+        self,
+        at_ns: int,
+        request_id: int,
+        status: int,
+        *,
+        tokens: int = 0,
+        waits: tuple[int, int, int, int, int] | None = None,
+        detail: str = "",
     ) -> None:
         """Its one row, and the turn that waited for it. At the end of the drain it is the client that ends it."""
         flight = self._flights.pop(request_id)
         dispatch, network_ns = flight.dispatch, self.network_ns
         done_at_ns = at_ns if status == TIMEOUT else at_ns + network_ns
         self.ended_at_ns = max(self.ended_at_ns, done_at_ns)
-        if detail not in self.texts:
-            self.texts.append(detail)
         self.rows.extend(
             Row(
                 request_id,
@@ -303,7 +308,7 @@ class Driver:
                 at_ns,
                 done_at_ns,
                 tokens,
-                self.texts.index(detail),
+                self.texts.setdefault(detail, len(self.texts)),
             )
         )
         if released := self._schedule.after(request_id, done_at_ns):
