@@ -29,7 +29,8 @@ NETWORK_NS: Final = 50_000  # client <-> gateway, each way: one data centre
 GATEWAY_NS: Final = 150_000  # the gateway's own work between its decision and the replica
 NOISE_SIGMA: Final = 0.03  # service noise, lognormal of mean 1: a declared guess until a calibration says better
 DRAIN_NS: Final = 60 * NS_PER_S  # after the last planned request; what is inside then is ``timeout``
-HTTP_STATUS: Final = {OK: 200, LIMITED: 429, SHED: 503, ERROR: 502}
+# The only error of simulated replicas, which do not break, is to refuse what exceeds their memory.
+HTTP_STATUS: Final = {OK: 200, LIMITED: 429, SHED: 503, ERROR: 400}
 STEM: Final = "simulation"  # of its Parquet part
 
 

@@ -173,8 +173,8 @@ class Driver:
                 prompt, output = self.requests.prompt_tokens[request_id], self.requests.output_tokens[request_id]
                 fleet.finish(at_ns, request_id, prompt, output)
                 self._end_request(at_ns, request_id, OK, tokens=output)
-            else:
-                fleet.fail(at_ns, request_id, kind, 0)
+            else:  # it can never fit: a server answers 400, and another replica would say the same
+                fleet.fail(at_ns, request_id, "client_error", 0)
         self._carry_out(at_ns)
         self._plan_step(replica_id, engine)
 

@@ -145,7 +145,8 @@ def test_limited_shed_and_refused_requests_have_rows_that_say_so() -> None:
     assert {bytes(detail) for detail in shed.outcomes["detail"]} == {b"", b"queue full", b"queue timeout"}
     beyond_memory = run(plan_of([0.0, 0.0], [500, 1_000_000]), policy(replicas={"min": 2, "max": 2}))
     assert beyond_memory.outcomes["status"].tolist() == [OK, ERROR]
-    assert bytes(beyond_memory.outcomes["detail"][1]) == b"refused"
+    (_, refused) = beyond_memory.outcomes
+    assert (refused["http_status"], refused["attempts"], bytes(refused["detail"])) == (400, 1, b"client_error")
 
 
 def test_what_is_inside_at_the_end_of_the_drain_is_timeout_and_counted() -> None:
