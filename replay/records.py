@@ -155,6 +155,10 @@ def trace_id(run_id: str, request_id: int) -> int:
     return xxhash.xxh3_128_intdigest(f"{run_id}/{request_id}".encode()) or 1
 
 
-def span_id(trace: int, name: str) -> int:
-    """The 64-bit id of the span ``name`` of a trace; the client's span is ``client``."""
-    return xxhash.xxh3_64_intdigest(f"{trace:032x}/{name}".encode()) or 1
+def span_id(trace: int, name: str, request_id: int | None = None) -> int:
+    """The 64-bit id of the span ``name`` of a trace; the client's span is ``client``.
+
+    A trace of our own client is one request. Somebody else's (an agent's, say) may hold many, so that the gateway tells their
+    spans apart by its ``request_id``.
+    """
+    return xxhash.xxh3_64_intdigest(f"{trace:032x}/{name}{'' if request_id is None else f'/{request_id}'}".encode()) or 1

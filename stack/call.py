@@ -27,11 +27,11 @@ _REQUEST: Final = (
 )
 
 
-def _forwarded(request: inbound.Inbound, address: Address, trace: int, shown_id: bytes) -> bytes:
+def _forwarded(request: inbound.Inbound, address: Address, trace: int, parent: int, shown_id: bytes) -> bytes:
     """The request as it goes to a replica: the client's header lines, then ours. It leaves sampled (01), since what will be kept
     is decided at the end, and the engine's spans of a kept trace must exist."""
     return _REQUEST % (
-        address.base_path.encode(), request.target, address.authority, request.fields, trace, span_id(trace, "inference"), shown_id,
+        address.base_path.encode(), request.target, address.authority, request.fields, trace, parent, shown_id,
         len(request.body), request.body,
     )  # fmt: skip
 
@@ -76,7 +76,8 @@ class Call:
     def dispatch(self, effect: Dispatch, address: Address) -> None:
         self._dispatch, self.left_ns = effect, -1
         self._reset()
-        payload = _forwarded(self.inbound, address, self._trace, self.shown_id)
+        parent = span_id(self._trace, "inference", None if self._client_is_ours else self.request_id)
+        payload = _forwarded(self.inbound, address, self._trace, parent, self.shown_id)
         self._pending = self.gateway.upstreams.send(address, payload, self)
 
     def refuse(self, effect: Reject | Shed) -> None:

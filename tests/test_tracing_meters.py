@@ -116,6 +116,13 @@ def test_gauges_show_the_last_state_and_cost_adds_up_between_states() -> None:
     assert shown == {"wanted": 3, "starting": 2, "ready": 4, "draining": 1}
 
 
+def test_a_fleet_without_a_price_shows_no_cost() -> None:
+    meters = Meters(MANIFEST, "gateway")
+    meters.add_states(states(state(0, math.nan), state(HOUR_NS, math.nan)))
+    assert value(meters, "tidegauge_queued_requests") == 5
+    assert not [sample for sample in samples(meters) if "cost" in sample.name]
+
+
 def test_labels_stay_few_whatever_clients_send_as_a_model() -> None:
     meters = fed([quick(number, model=b"model-%d" % number) for number in range(MODELS_MOST * 3)])
     models = {sample.labels["model"] for sample in samples(meters) if sample.name == "tidegauge_requests_total"}

@@ -12,9 +12,9 @@ from tracing import names
 from tracing.spans import row_spans
 
 
-def by_name(spans: list[ReadableSpan]) -> dict[str, ReadableSpan]:
+def by_name(spans: list[ReadableSpan], request_id: int | None = None) -> dict[str, ReadableSpan]:
     """Spans by the name that their id derives from (the client's is shown as operation and model)."""
-    names_by_id = {span_id(span.context.trace_id, name): name for span in spans for name in names.SPANS}
+    names_by_id = {span_id(span.context.trace_id, name, request_id): name for span in spans for name in names.SPANS}
     return {names_by_id[span.context.span_id]: span for span in spans}
 
 
@@ -75,7 +75,7 @@ def test_a_foreign_gateway_leaves_the_clients_span_alone() -> None:
 
 def test_a_foreign_clients_trace_is_continued_and_rooted_in_the_gateway() -> None:
     row = outcome(trace_hi=0xA1, trace_lo=0xB2, parent_span=0xC3, scheduled_at_ns=-1, sent_at_ns=-1)
-    spans = by_name(row_spans(row, MANIFEST, side="gateway"))
+    spans = by_name(row_spans(row, MANIFEST, side="gateway"), row.request_id)
     gateway = spans["gateway"]
     assert "client" not in spans
     assert gateway.context.trace_id == (0xA1 << 64) | 0xB2
@@ -87,8 +87,17 @@ def test_a_foreign_clients_trace_is_continued_and_rooted_in_the_gateway() -> Non
 
 
 def test_without_traceparent_the_gateways_span_is_the_root() -> None:
-    spans = by_name(row_spans(outcome(scheduled_at_ns=-1), MANIFEST, side="gateway"))
+    spans = by_name(row_spans(outcome(5, scheduled_at_ns=-1), MANIFEST, side="gateway"), 5)
     assert spans["gateway"].parent is None
+    assert spans["inference"].context.span_id == span_id(trace_id("run-1", 5), "inference", 5)
+
+
+def test_requests_of_one_foreign_trace_keep_their_spans_apart() -> None:
+    """An agent makes two calls in one trace, and may name the same parent for both."""
+    calls = [outcome(request, trace_hi=0xA1, trace_lo=0xB2, parent_span=0xC3) for request in (1, 2)]
+    spans = [span for call in calls for span in row_spans(call, MANIFEST, side="gateway")]
+    assert {span.context.trace_id for span in spans} == {(0xA1 << 64) | 0xB2}
+    assert len({span.context.span_id for span in spans}) == len(spans)
 
 
 def test_clocks_that_disagree_move_the_gateways_spans_and_say_so() -> None:

@@ -121,18 +121,22 @@ class Meters(Collector):
             return
         with self._lock:
             self._values[names.RECORDS].add(len(states), "states")
-            before = self._priced or (int(states["at_ns"][0]), 0.0)
-            at_ns = np.concatenate([[before[0]], states["at_ns"]])
-            usd_per_hour = np.concatenate([[before[1]], states["usd_per_hour"]])
-            self._values[names.COST].add(float(np.dot(np.diff(at_ns), usd_per_hour[:-1])) / _NS_PER_HOUR)
             last = states[-1]
-            self._priced = (int(last["at_ns"]), float(last["usd_per_hour"]))
+            if not np.isnan(last["usd_per_hour"]):  # a fleet without a price has no cost, rather than one of 0
+                self._add_cost(states)
             self._values[names.QUEUED].set(last["queued"])
             self._values[names.RUNNING].set(last["running"])
             self._values[names.ARRIVED].set(last["arrived"])
-            self._values[names.USD_PER_HOUR].set(last["usd_per_hour"])
             for state in ("wanted", "starting", "ready", "draining"):
                 self._values[names.REPLICAS].set(last[state], state)
+
+    def _add_cost(self, states: Array) -> None:
+        before = self._priced or (int(states["at_ns"][0]), 0.0)
+        at_ns = np.concatenate([[before[0]], states["at_ns"]])
+        usd_per_hour = np.concatenate([[before[1]], states["usd_per_hour"]])
+        self._values[names.COST].add(float(np.dot(np.diff(at_ns), usd_per_hour[:-1])) / _NS_PER_HOUR)
+        self._priced = (int(at_ns[-1]), float(usd_per_hour[-1]))
+        self._values[names.USD_PER_HOUR].set(usd_per_hour[-1])
 
     def note_kept(self, traces: Iterable[KeptTrace]) -> None:
         """Traces that have arrived where traces are kept: exemplars may name them."""

@@ -184,7 +184,8 @@ class _Trace:
         return end
 
     def _context(self, name: str) -> SpanContext:
-        return SpanContext(self._id, span_id(self._id, name), is_remote=False, trace_flags=_SAMPLED)
+        request_id = None if self.side == names.CLIENT else self.row.request_id
+        return SpanContext(self._id, span_id(self._id, name, request_id), is_remote=False, trace_flags=_SAMPLED)
 
     def _remote_parent(self) -> SpanContext | None:
         parent = self.row.parent_span
