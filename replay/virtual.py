@@ -70,13 +70,9 @@ class Requests:
 
     def __init__(self, plan: pa.Table) -> None:
         def column(name: str, default: Any) -> list[Any]:
-            values = plan[name].combine_chunks()
-            return (
-                [default] * len(plan)
-                if values.null_count == len(plan)
-                else [default if v is None else v for v in values.to_pylist()]
-            )
+            return [default if value is None else value for value in plan[name].to_pylist()]
 
+        # A server refuses an empty prompt and makes at least one token, also where a trace says 0.
         self.prompt_tokens: list[int] = np.maximum(plan["prompt_tokens"].to_numpy(), 1).tolist()
         self.output_tokens: list[int] = np.maximum(plan["output_tokens"].to_numpy(), 1).tolist()
         self._output_cap = declared_output_cap(self.output_tokens)
@@ -212,6 +208,8 @@ class Driver:
     def _end(self, at_ns: int, _: int) -> None:
         """The drain is over: the client gives up what is inside, and turns that waited for it are not sent."""
         for request_id, flight in list(self._flights.items()):
+            if request_id not in self._flights:
+                continue  # shed, when the cancel of another made the fleet look at its queue
             engine, tokens = self._engines.get(flight.dispatch.replica_id), 0
             if engine is not None:
                 engine.advance(at_ns)  # its events up to now are on the agenda before this entry: there are none left
@@ -225,7 +223,7 @@ class Driver:
         for request_id in range(len(self.plan)):
             if request_id not in sent:
                 self._flights[request_id] = Flight(arrivals[request_id].as_py(), sent=False)
-                self._end_request(at_ns, request_id, TIMEOUT, detail="its session's last turn had not ended")
+                self._end_request(at_ns, request_id, TIMEOUT, detail="not sent by the end of the drain")
 
     def _close(self) -> None:
         """Conservation, the last state, and the end of what still runs: the gateway stops its replicas with the run."""

@@ -163,6 +163,16 @@ def test_what_is_inside_at_the_end_of_the_drain_is_timeout_and_counted() -> None
     assert (rows["sent_at_ns"][-2:] == -1).all(), "turns whose turn never came are counted, but were not sent"
 
 
+def test_a_queue_that_times_out_at_the_very_end_of_the_drain_still_counts_everybody_once() -> None:
+    result = run(
+        plan_of([0.0] * 6, 2000, 600),
+        policy(slots_per_replica=2, queue={"kind": "fifo", "timeout_s": 1}),
+        network_ns=0,
+        drain_ns=NS_PER_S,
+    )
+    assert result.outcomes["status"].tolist() == [TIMEOUT] * 2 + [SHED] * 4
+
+
 def test_a_turn_waits_for_the_answer_before_it_and_for_its_user() -> None:
     plan = plan_of([0.0, 0.1, 50.0], session_id=["s"] * 3, turn=[1, 2, 3], think_ns=[None, 2 * NS_PER_S, None])
     first, second, third = run(plan, policy()).outcomes
