@@ -218,13 +218,18 @@ def test_missing_empty_and_unknown_files_say_what_to_try(file: Path, tmp_path: P
     assert "Timestamp, Model, Request tokens" in error.what
     assert "TIMESTAMP, ContextTokens, GeneratedTokens" in error.rule
     assert refused(file, b'{"prompt": "hi",\n').where == str(file)
-    assert "tokens" in refused(file, b'{"time": 1, "tokens": 2}\n').what
+    assert "time, tokens" in refused(file, b'{"time": 1, "tokens": 2}\n').what
 
 
 def test_columns_may_come_in_another_order_and_more_of_them(file: Path) -> None:
     table = read(file, b"Model,GeneratedTokens,TIMESTAMP,ContextTokens\ngpt\xff,3,2024-05-10 00:00:00+02:00,5\n")
     assert [*traces.recorded(table)] == [RecordedRequest(0, 0, 5, 3)]
     assert traces.describe(table)["warnings"] == ["columns not understood and ignored: Model"]
+
+
+def test_quoted_values(file: Path) -> None:
+    quoted = b"\n".join(b",".join(b'"%s"' % value for value in line.split(b",")) for line in AZURE_2024.splitlines())
+    assert read(file, quoted) == read(file, AZURE_2024)
 
 
 def test_times_that_cannot_count_from_one_zero(file: Path) -> None:

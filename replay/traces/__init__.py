@@ -116,13 +116,13 @@ def _recognise(source: Source) -> tuple[Reader, tuple[str, ...]]:
     elif head.lstrip().startswith(b"{"):
         container, found = "jsonl", jsonl.keys_found(head, str(source.path))
     else:
-        header = head.splitlines()[0][:300].decode("utf-8", "backslashreplace")
+        header = head.splitlines()[0].decode("utf-8", "backslashreplace")
         container, found = "csv", tuple(name.strip().strip('"') for name in header.split(","))
     for reader in READERS:
         if reader.container == container and set(reader.tells) <= set(found):
             return reader, found
     known = "; ".join(f"{reader.name}: {', '.join(reader.tells)}" for reader in READERS)
     raise InputError(
-        f"unknown format, {container} with the columns {', '.join(found) or '(none)'}", where=str(source.path), rule=known,
+        f"unknown format, {container} with the columns {', '.join(found)[:300]!r}", where=str(source.path), rule=known,
         fix="write one JSON object a line with timestamp (ms), input_length and output_length",
     )  # fmt: skip

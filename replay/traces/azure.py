@@ -18,7 +18,7 @@ from replay.traces.source import Parse, Source
 
 COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _RULE: Final = f"TIMESTAMP like 2023-11-16 18:17:03.9799600 or 2024-05-10 00:00:00.009930+00:00, token counts 0 to {MAX_TOKENS}"
-_ZONED: Final = re.compile(rb"(Z|[+-]\d\d:?\d\d)\s*$")
+_ZONED: Final = re.compile(rb"(Z|[+-]\d\d:?\d\d)[\s\"]*$")
 
 
 def read(source: Source, columns: tuple[str, ...]) -> list[pa.Table]:
@@ -36,14 +36,12 @@ def _parser(columns: tuple[str, ...], *, zoned: bool) -> Parse:
         include_columns=COLUMNS, null_values=[],
     )  # fmt: skip
     layout = pa.csv.ReadOptions(column_names=columns)
-    # No quoting: with it one stray quote would swallow the lines after it.
-    plain = pa.csv.ParseOptions(quote_char=False, double_quote=False)
 
     def parse(lines: bytes) -> pa.Table:
         if not lines.strip():
             return SCHEMA.empty_table()
         try:
-            table = pa.csv.read_csv(pa.BufferReader(lines), layout, plain, convert)
+            table = pa.csv.read_csv(pa.BufferReader(lines), layout, convert_options=convert)
         except pa.ArrowException as error:
             raise InputError(str(error).rpartition("error: ")[2].partition(":")[0], rule=_RULE) from error
         arrivals = table["TIMESTAMP"].cast(pa.int64())

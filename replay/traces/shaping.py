@@ -1,7 +1,7 @@
 """From a recorded trace to the plan of a run: which part of it, how fast, how dense, how much moved about.
 
-Four steps, always in this order: cut a window, scale the rate, scale the time, jitter. Each is drawn from the seed and its own
-stream, so that changing one leaves the draws of the others; turns of one session are kept or dropped, and moved, together.
+Four steps, always in this order: cut a window, scale the rate, scale the time, jitter. Each draws from its own stream of the
+seed; a smaller sample is part of a larger one; turns of one session are kept or dropped, and moved, together.
 """
 
 from __future__ import annotations
