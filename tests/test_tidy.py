@@ -30,7 +30,7 @@ STOREYS = (
     ("replay.policies.balancers", "replay.policies.queues", "replay.policies.limiters", "replay.policies.autoscalers", "replay.policies.costs"),
     ("replay.fleet", "replay.engine"),
     ("replay.policies.spec",),  # builds the Policy that Fleet takes
-    ("replay.inputs",),
+    ("replay.inputs", "replay.virtual"),
     ("replay.runs",),
     ("replay.simulation",),
     ("replay.report",),
