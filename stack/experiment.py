@@ -279,5 +279,7 @@ def _simulate_arm(experiment: Experiment, arm: Arm, folder: Path) -> None:
     from replay import simulation
 
     table = plan(experiment, arm.repeat)
-    result = simulation.simulate(table, arm.policy, experiment.fleet, seed=experiment.scalars.seed * 1000 + arm.repeat)
-    simulation.write(result, folder, {**manifest(experiment, arm, table, simulated=True), "versions": versions()})
+    known = manifest(experiment, arm, table, simulated=True)
+    seed = experiment.scalars.seed * 1000 + arm.repeat
+    result = simulation.simulate(table, arm.policy, experiment.fleet, seed=seed, drain_ns=known["drain_ns"])
+    simulation.write(result, folder, {**known, "versions": versions()})
