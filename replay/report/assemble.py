@@ -290,7 +290,7 @@ def _warnings(policies: Sequence[Policy]) -> list[str]:
             warnings.append(f"{policy.name}: figures are over the {len(policy.counted)} valid of {len(policy.arms)} runs")
         if policy.same:
             warnings.append(
-                f"{policy.name}: {policy.same} repeats have trace, shaping and seed of an earlier one: not counted again"
+                f"{policy.name}: {policy.same} repeats are an earlier simulation again, not counted; jitter the arrivals"
             )
         if not totals["ok"]:
             warnings.append(f"{policy.name}: no request succeeded, so there are no latencies of ok requests")

@@ -17,8 +17,8 @@ def significant(number: float, digits: int = 3) -> str:
     """
     if number == 0:
         return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(number))))
-    return f"{number:,.{decimals}f}"
+    magnitude = int(f"{number:.{digits - 1}e}".split("e")[1])  # of the rounded number: 0.9996 is 1.00, not 1.000
+    return f"{number:,.{max(0, digits - 1 - magnitude)}f}"
 
 
 def seconds(value_s: float) -> str:

@@ -205,7 +205,7 @@ def _with_latencies(rows: pd.DataFrame) -> pd.DataFrame:
     """
     rows = rows.copy(deep=False)
     first, last = rows["first_token_at_ns"], rows["last_token_at_ns"]
-    later_tokens = rows["output_tokens"] - rows["first_chunk_tokens"].fillna(1)
+    later_tokens = rows["output_tokens"] - rows["first_chunk_tokens"].clip(lower=1).fillna(1)
     rows["ttft_s"] = (first - rows["scheduled_at_ns"]) / NS_PER_S
     rows["ttft_sent_s"] = (first - rows["sent_at_ns"]) / NS_PER_S
     rows["tpot_s"] = (last - first) / later_tokens.where(later_tokens > 0) / NS_PER_S

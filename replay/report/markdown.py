@@ -49,7 +49,7 @@ def sparkline(values: Values, width: int = SPARK_WIDTH) -> str:
 
     >>> import numpy as np
     >>> sparkline(np.array([0.0, 1.0, 4.0, 8.0]), width=4)
-    '▁▂▄█'
+    '▁▂▅█'
     """
     if not len(values):
         return ""

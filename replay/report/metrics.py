@@ -102,7 +102,7 @@ def is_good(ok: pd.DataFrame, slo: Slo) -> Any:
         if limit_s is not None:
             good &= (ok[name] <= limit_s).to_numpy()
     if slo.tpot_s is not None:
-        too_short = ok["output_tokens"] - ok["first_chunk_tokens"].fillna(1) <= 0
+        too_short = ok["output_tokens"] - ok["first_chunk_tokens"].clip(lower=1).fillna(1) <= 0
         good &= ((ok["tpot_s"] <= slo.tpot_s) | too_short).to_numpy()
     return good
 
