@@ -81,7 +81,10 @@ def test_genai_histograms_depend_on_the_side() -> None:
     assert not [sample for sample in samples(gateway) if sample.name.startswith("gen_ai_client")]
 
 
-@given(st.lists(st.integers(0, 700_000_000_000), min_size=1, max_size=40), st.integers(0, 40))
+ON_A_BOUND_NS = st.sampled_from([round(bound * NS_PER_S) for bound in names.TTFT.buckets])
+
+
+@given(st.lists(st.integers(0, 700_000_000_000) | ON_A_BOUND_NS, min_size=1, max_size=40), st.integers(0, 40))
 def test_a_bucket_holds_what_is_at_most_its_bound(first_tokens_ns: list[int], cut: int) -> None:
     rows = [outcome(i, scheduled_at_ns=0, first_token_at_ns=ns) for i, ns in enumerate(first_tokens_ns)]
     meters = Meters(MANIFEST, "client")
