@@ -126,21 +126,29 @@ class RunDir:
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest, plan: pa.Table | None = None) -> RunDir:
-        """A new run directory; refuses one that holds a run already (nothing recorded is ever overwritten)."""
+        """A new run directory; refuses one that holds a run already (nothing recorded is ever overwritten).
+
+        Who starts the sender may ``prepare`` the directory with what only it knows, such as the policy; that wins.
+        """
         run = cls(path)
-        if (run.path / "run.json").exists():
+        prepared = run.manifest if (run.path / "run.json").exists() else {}
+        if "started_at_unix_ns" in prepared:
             raise InputError(
-                "holds a run already",
-                where=str(path),
-                rule="a run is never overwritten",
-                fix="choose another --run-dir",
+                "holds a run already", where=str(path), rule="a run is never overwritten", fix="choose another --run-dir"
             )
         for folder in ("spool", "requests"):
             (run.path / folder).mkdir(parents=True, exist_ok=True)
         if plan is not None:
             pq.write_table(plan, run.path / "plan.parquet")
-        run.write_manifest({"schema": SCHEMA_VERSION, **manifest})
+        run.write_manifest({"schema": SCHEMA_VERSION, **manifest, **prepared})
         return run
+
+    @classmethod
+    def prepare(cls, path: str | Path, manifest: Manifest) -> None:
+        """Leave what is known before the sender starts, without its start: ``create`` completes it."""
+        assert "started_at_unix_ns" not in manifest
+        Path(path).mkdir(parents=True, exist_ok=True)
+        cls(path).write_manifest(manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:

@@ -41,20 +41,11 @@ def run_arm(experiment: Experiment, arm: Arm, table: pa.Table, folder: Path, pro
     folder.mkdir(parents=True)
     traces.write(table, folder / "trace.parquet")
     progress("starting the fleet", 0.0)
+    known = manifest(experiment, arm, table, simulated=False)
     with _gateway(experiment, arm, folder) as url:
         start = _wait_ready(experiment, url, progress)
-        _replay(
-            experiment,
-            arm,
-            folder,
-            url,
-            progress,
-            planned_s=manifest(experiment, arm, table, simulated=False)["planned_ns"] / NS_PER_S,
-        )
-    if (folder / "run.json").exists():
-        known = manifest(experiment, arm, table, simulated=False)
-        found = RunDir.open(folder).manifest
-        RunDir(folder).write_manifest({**found, **known, "start": start, "versions": {**versions(), **found.get("versions", {})}})
+        RunDir.prepare(folder, {**known, "start": start, "versions": versions()})
+        _replay(experiment, folder, url, progress, planned_s=known["planned_ns"] / NS_PER_S)
 
 
 @contextlib.contextmanager
@@ -67,6 +58,7 @@ def _gateway(experiment: Experiment, arm: Arm, folder: Path) -> Iterator[str]:
         "policy": policies.to_dict(arm.policy),
         "fleet": experiment.fleet.model_dump(),
         "seed": experiment.scalars.seed,
+        "slo": experiment.terms(),
     }
     (folder / "gateway.json").write_text(json.dumps(config, indent=1))
     with (folder / "gateway.log").open("wb") as log:
@@ -112,7 +104,7 @@ def _wait_ready(experiment: Experiment, url: str, progress: Progress) -> dict[st
     raise InputError(f"no replica was ready after {limit_s:.0f} s: {answer}", fix="see replicas/*.log in the arm's folder")
 
 
-def _replay(experiment: Experiment, arm: Arm, folder: Path, url: str, progress: Progress, *, planned_s: float) -> None:
+def _replay(experiment: Experiment, folder: Path, url: str, progress: Progress, *, planned_s: float) -> None:
     """Locust, headless, on the prepared trace; its output goes to locust.log, its exit code 1 means an invalid run and is kept."""
     limits = ",".join(f"{name.removesuffix('_s')}<={seconds:g}s" for name, seconds in experiment.terms().items())
     command = [
@@ -137,7 +129,7 @@ def _replay(experiment: Experiment, arm: Arm, folder: Path, url: str, progress: 
                 process.wait(0.5)
     finally:
         _stop(process, experiment.scalars.drain_s + 30)
-    if process.returncode not in (0, 1) or not (folder / "run.json").exists():
+    if process.returncode not in (0, 1) or "started_at_unix_ns" not in RunDir(folder).manifest:
         raise InputError(
             f"locust ended with {process.returncode}: {_tail(folder / 'locust.log')}", fix=f"see {folder / 'locust.log'}"
         )
