@@ -7,7 +7,6 @@ because a thousand streams write a chunk each in every step.
 from __future__ import annotations
 
 import math
-import time
 from typing import Final
 
 import msgspec
@@ -103,7 +102,8 @@ class Ask:
         self.chat, self.model, self.stream = chat, asked.model or model, bool(asked.stream)
         self.include_usage, self.continuous_usage = options.include_usage, options.continuous_usage_stats
         room = context_max - self.prompt_tokens
-        cap = asked.max_completion_tokens or asked.max_tokens or (room if chat else COMPLETION_MAX_TOKENS)
+        caps = (asked.max_completion_tokens, asked.max_tokens, room if chat else COMPLETION_MAX_TOKENS)
+        cap = next(declared for declared in caps if declared is not None)
         if not 1 <= cap <= room:
             raise RequestError(
                 f"This model's maximum context length is {context_max} tokens. However, you requested {cap} output tokens and your"
@@ -150,9 +150,9 @@ def _drawn_length(text: bytes, seed: int) -> int:
 
 
 # A chunk is head (with the request's id) + tail (with the token's text).
-_CHAT_TAILS: Final = tuple(b'{"content":%b},"logprobs":null,"finish_reason":null}]' % _encode(word) for word in _WORDS)
-_TEXT_TAILS: Final = tuple(b'%b,"logprobs":null,"finish_reason":null}]' % _encode(word) for word in _WORDS)
-_CHUNK_TAILS: Final = {True: [tail + b"}\n\n" for tail in _CHAT_TAILS], False: [tail + b"}\n\n" for tail in _TEXT_TAILS]}
+_UNFINISHED: Final = b',"logprobs":null,"finish_reason":null}]}\n\n'
+_CHAT_TAILS: Final = tuple(b'{"content":%b}' % _encode(word) + _UNFINISHED for word in _WORDS)
+_TEXT_TAILS: Final = tuple(_encode(word) + _UNFINISHED for word in _WORDS)
 _MASK: Final = len(_WORDS) - 1  # a power of two less one
 
 
@@ -161,20 +161,20 @@ class Answer:
 
     __slots__ = ("_envelope", "_head", "_tails", "ask")
 
-    def __init__(self, ask: Ask, completion_id: str) -> None:
+    def __init__(self, ask: Ask, completion_id: str, created_unix_s: int) -> None:
         self.ask = ask
         kind = b"chat.completion" if ask.chat else b"text_completion"
         self._envelope = b'{"id":%b,"object":"%b%b","created":%d,"model":%b,' % (
-            _encode(completion_id), kind, b".chunk" if ask.chat and ask.stream else b"", int(time.time()), _encode(ask.model),
+            _encode(completion_id), kind, b".chunk" if ask.chat and ask.stream else b"", created_unix_s, _encode(ask.model),
         )  # fmt: skip
         self._head = b'data: %b"choices":[{"index":0,"%b":' % (self._envelope, b"delta" if ask.chat else b"text")
-        self._tails = _CHUNK_TAILS[ask.chat]
+        self._tails = _CHAT_TAILS if ask.chat else _TEXT_TAILS
 
     def role(self) -> bytes:
         """The empty delta that opens a chat stream."""
         if not self.ask.chat:
             return b""
-        return self._head + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
+        return self._head + b'{"role":"assistant","content":""}' + _UNFINISHED
 
     def token(self, number: int) -> bytes:
         chunk = self._head + self._tails[number & _MASK]
@@ -200,10 +200,8 @@ class Answer:
         count = self.ask.output_tokens
         text = _encode("".join(_WORDS[number & _MASK] for number in range(count)))
         content = b'"message":{"role":"assistant","content":%b}' % text if self.ask.chat else b'"text":%b' % text
-        choice = b'{"index":0,%b,"logprobs":null,"finish_reason":%b,"stop_reason":null}' % (
-            content,
-            _encode(self.ask.finish_reason),
-        )
+        reason = _encode(self.ask.finish_reason)
+        choice = b'{"index":0,%b,"logprobs":null,"finish_reason":%b,"stop_reason":null}' % (content, reason)
         extra = b',"metrics":%b' % metrics if metrics else b""
         return b'%b"choices":[%b],"usage":%b%b}' % (self._envelope, choice, self._usage(count), extra)
 

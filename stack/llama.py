@@ -9,7 +9,6 @@ Run as ``python -m stack.llama --config JSON`` (``stack.replica.ReplicaConfig``)
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import string
@@ -159,9 +158,7 @@ def start_server(spec: FleetSpec, host: str, port: int) -> tuple[object, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stack.llama", description="llama.cpp's server on a tiny random model.")
-    parser.add_argument("--config", required=True, help="JSON, see stack.replica.ReplicaConfig")
-    config, spec = ReplicaConfig.parse(parser.parse_args().config)
+    config, spec = ReplicaConfig.from_command_line("stack.llama")
     if config.follow_parent:
         follow_parent()
     server, port = start_server(spec, config.host, config.port)  # bound to a name: it lives as long as this frame

@@ -62,25 +62,51 @@ def make_pool(spec: FleetSpec, run_dir: str | Path, *, seed: int = 0) -> Pool:
 
 
 class _Child:
-    """A replica's process and what is known of it."""
+    """A replica's process, from the moment it is asked for."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
         self.stopping = False
         self.watch: asyncio.Task[None] | None = None
+        self._spawn = asyncio.create_task(_spawn(command, log))
 
-    def ended(self) -> str:
+    async def process(self) -> asyncio.subprocess.Process:
+        """Whoever is cancelled meanwhile, the process comes to be and is known: none is leaked. Raises OSError."""
+        return await asyncio.shield(self._spawn)
+
+    async def end(self, grace_s: float) -> None:
+        """SIGTERM, and after ``grace_s`` SIGKILL to its group, which exists until its leader has been waited for."""
+        self.stopping = True
+        try:
+            process = await self.process()
+        except OSError:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), grace_s)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+    def refused(self, process: asyncio.subprocess.Process, what: str) -> PoolRefused:
+        return PoolRefused("stopped while it started" if self.stopping else f"{what}: {self.ended(process)}")
+
+    def ended(self, process: asyncio.subprocess.Process) -> str:
         """How the process ended, in words, with the last of its log."""
-        code = self.process.returncode
-        how = "runs" if code is None else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        code = process.returncode
+        how = "it runs" if code is None else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         tail = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode("utf-8", "replace").strip()
         return f"{how}; {self.log.name} ends in: {tail}" if tail else how
 
-    def kill(self) -> None:
-        """The whole process group; it exists until its leader has been waited for."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+
+async def _spawn(command: list[str], log: Path) -> asyncio.subprocess.Process:
+    with log.open("ab") as stderr:
+        return await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=stderr, start_new_session=True
+        )
 
 
 class ProcessPool:
@@ -98,89 +124,68 @@ class ProcessPool:
 
     async def start(self, replica_id: int, rung: str | None = None) -> Address:
         assert replica_id not in self._children, f"replica {replica_id} was started before"
+        if self._closed:
+            raise PoolRefused("the pool is closed")
         asked_at_ns = time.monotonic_ns()
         spec = self._spec if rung is None else fleet_spec({**self._spec.model_dump(), "gpu": rung})
         cold_start_s = spec.phases().total_ns / 1e9 if spec.kind == "stand-in" else 0.0
-        child = await self._spawn(replica_id, spec, asked_at_ns)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        child = self._children[replica_id] = _Child(self._command(spec, asked_at_ns), self._logs / f"{replica_id}.log")
         try:
-            address = await self._listening(child)
-            await self._ready(child, address, asked_at_ns / 1e9 + cold_start_s + READY_BEYOND_COLD_START_S)
-        except BaseException:  # a cancelled start leaves nothing behind either
-            child.stopping = True
-            child.kill()
-            await child.process.wait()
+            process = await child.process()
+            address = await self._listening(child, process)
+            await self._ready(child, process, address, asked_at_ns / 1e9 + cold_start_s + READY_BEYOND_COLD_START_S)
+        except BaseException as error:  # a cancelled start leaves nothing behind either
+            await child.end(0)
             self._children.pop(replica_id, None)
+            if isinstance(error, OSError):
+                raise PoolRefused(f"could not be started: {error}") from error
             raise
-        child.watch = asyncio.create_task(self._watch(replica_id, child))
+        child.watch = asyncio.create_task(self._watch(replica_id, child, process))
         return address
 
     async def stop(self, replica_id: int) -> None:
-        child = self._children.pop(replica_id, None)
-        if child is None:
-            return
-        child.stopping = True
-        if child.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                child.process.terminate()
-        try:
-            await asyncio.wait_for(child.process.wait(), STOP_GRACE_S)
-        except TimeoutError:
-            child.kill()
-            await child.process.wait()
+        if (child := self._children.pop(replica_id, None)) is not None:
+            await child.end(STOP_GRACE_S)
 
     async def close(self) -> None:
         self._closed = True
         await asyncio.gather(*(self.stop(replica_id) for replica_id in list(self._children)))
 
-    async def _spawn(self, replica_id: int, spec: FleetSpec, asked_at_ns: int) -> _Child:
-        config = {"fleet": spec.model_dump(), "seed": self._seed, "asked_at_ns": asked_at_ns, "follow_parent": True}
+    def _command(self, spec: FleetSpec, asked_at_ns: int) -> list[str]:
         module = "stack.llama" if spec.kind == "llama" else "stack.replica"
-        self._logs.mkdir(parents=True, exist_ok=True)
-        path = self._logs / f"{replica_id}.log"
-        if self._closed:
-            raise PoolRefused("the pool is closed")
-        with path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", module, "--config", json.dumps(config),
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        child = self._children[replica_id] = _Child(process, path)
-        if self._closed:  # while it was spawned: close() has not seen it
-            await self.stop(replica_id)
-            raise PoolRefused("the pool is closed")
-        return child
+        config = {"fleet": spec.model_dump(), "seed": self._seed, "asked_at_ns": asked_at_ns, "follow_parent": True}
+        return [sys.executable, "-m", module, "--config", json.dumps(config)]
 
-    async def _listening(self, child: _Child) -> Address:
+    async def _listening(self, child: _Child, process: asyncio.subprocess.Process) -> Address:
         """Read the one line that says where it listens."""
-        assert child.process.stdout is not None
+        assert process.stdout is not None
         try:
-            line = await asyncio.wait_for(child.process.stdout.readline(), LISTEN_S)
+            line = await asyncio.wait_for(process.stdout.readline(), LISTEN_S)
         except TimeoutError:
-            raise PoolRefused(f"did not listen within {LISTEN_S:.0f} s: {child.ended()}") from None
+            raise child.refused(process, f"did not listen within {LISTEN_S:.0f} s") from None
         if not line:
-            await child.process.wait()
-            raise PoolRefused("stopped while it started" if child.stopping else f"did not start: {child.ended()}")
+            await process.wait()
+            raise child.refused(process, "did not start")
         return Address("127.0.0.1", json.loads(line)["port"])
 
-    async def _ready(self, child: _Child, address: Address, until_s: float) -> None:
+    async def _ready(self, child: _Child, process: asyncio.subprocess.Process, address: Address, until_s: float) -> None:
         """Probe until it answers that it is ready; it may say how long that will take."""
         while True:
             status, body = await _probe(address, "/health")
-            if child.stopping:
-                raise PoolRefused("stopped while it started")
-            if child.process.returncode is not None:
-                raise PoolRefused(f"died while it started: {child.ended()}")
+            if child.stopping or process.returncode is not None:
+                raise child.refused(process, "died while it started")
             if status == 200:
                 return
             if time.monotonic() > until_s:
-                raise PoolRefused(f"not ready in time (last answer {status}): {child.ended()}")
+                raise child.refused(process, f"not ready in time (last answer {status})")
             await asyncio.sleep(min(max(_remaining_s(body), 0.001), PROBE_EVERY_S))
 
-    async def _watch(self, replica_id: int, child: _Child) -> None:
-        await child.process.wait()
+    async def _watch(self, replica_id: int, child: _Child, process: asyncio.subprocess.Process) -> None:
+        await process.wait()
         if not child.stopping:
             self._children.pop(replica_id, None)
-            self.on_death(replica_id, child.ended())
+            self.on_death(replica_id, child.ended(process))
 
 
 class UrlPool:

@@ -51,12 +51,15 @@ class ReplicaConfig(msgspec.Struct, forbid_unknown_fields=True):
     follow_parent: bool = False  # end when stdin closes
 
     @classmethod
-    def parse(cls, text: str) -> tuple[ReplicaConfig, FleetSpec]:
+    def from_command_line(cls, module: str) -> tuple[ReplicaConfig, FleetSpec]:
+        """What ``--config`` says; exits with 2 and one line where it is wrong."""
+        parser = argparse.ArgumentParser(prog=f"python -m {module}")
+        parser.add_argument("--config", required=True, metavar="JSON", help='{"fleet": {"kind": ..}, "port": 0, ..}')
         try:
-            config = msgspec.json.decode(text, type=cls)
-        except msgspec.MsgspecError as error:
-            raise InputError(str(error), where="--config", fix='write {"fleet": {"kind": "stand-in"}, "port": 0}') from error
-        return config, fleet_spec(config.fleet)
+            config = msgspec.json.decode(parser.parse_args().config, type=cls)
+            return config, fleet_spec(config.fleet)
+        except (msgspec.MsgspecError, InputError) as error:
+            parser.error(str(error))
 
 
 class _Job:
@@ -164,7 +167,7 @@ class StandIn:
             return
         named = exchange.get(H_REQUEST_ID)
         base_id = uuid.uuid4().hex if named is None else named.decode("latin-1")
-        answer = Answer(ask, f"{'chatcmpl' if chat else 'cmpl'}-{base_id}")
+        answer = Answer(ask, f"{'chatcmpl' if chat else 'cmpl'}-{base_id}", int(time.time()))
         # a pipelined request was read before others that were handed over first: it goes behind them
         due_ns = max(exchange.received_at_ns + FRONT_END_NS, self._now_ns, self._front[-1].due_ns if self._front else 0)
         job = _Job(self._count, exchange, answer, due_ns)
@@ -297,9 +300,7 @@ async def run(spec: FleetSpec, config: ReplicaConfig, listening: Callable[[int],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stack.replica", description="A stand-in GPU server.")
-    parser.add_argument("--config", required=True, help="JSON, see ReplicaConfig")
-    config, spec = ReplicaConfig.parse(parser.parse_args().config)
+    config, spec = ReplicaConfig.from_command_line("stack.replica")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if config.follow_parent:
         follow_parent()
