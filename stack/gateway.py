@@ -100,9 +100,9 @@ class Gateway:
 
     async def stop(self) -> None:
         """Accept nothing more, let what is inside end (at most ``drain_s``), stop the replicas, write everything down."""
-        self.stopping = True
-        if self.server is None:
+        if self.stopping or self.server is None:
             return
+        self.stopping = True
         self.server.stop_accepting()
         self._emptied.clear()
         if self.calls:
