@@ -22,7 +22,7 @@ from replay.report import files, formats, markdown, metrics, plots, slo
 from replay.report.assemble import Report, assemble
 from replay.report.formats import difference, percent, seconds, share, value
 from replay.report.slo import Slo
-from replay.report.tables import overview
+from replay.report.tables import overview, sections
 from stack.cli.report import report as report_command
 from tests.make_experiment import write_demo
 from tests.test_report_compare import write_arm
@@ -88,6 +88,24 @@ def test_markdown_stands_alone_ground_and_verdict_first(written: tuple[Report, d
     assert text.count("<details>") == text.count("</details>") == 1
     widths = {line.count("|") - line.count("\\|") for line in lines if line.startswith("| ") and "SLO attainment" in line}
     assert widths == {4, 3}  # the figures: label and two policies; the differences: label and one
+
+
+def test_better_and_worse_are_said_only_where_the_interval_excludes_no_difference(demo: Path) -> None:
+    def tones(baseline: str) -> dict[str, str]:
+        report = assemble([demo], baseline=baseline)
+        return {row.label: row.cells[1].tone for section in sections(report) for row in section.rows}
+
+    forward, backward = tones("round_robin"), tones("least_outstanding")
+    for label in ("SLO attainment", "TTFT p95", "GPU-hours"):  # one is better high, two are better low
+        assert (forward[label], backward[label]) == ("better", "worse"), label
+    assert forward["arrived"] == forward["TPOT p50"] == "", "the first has no good direction, the second differs by chance"
+
+
+def test_two_plots_on_one_page_do_not_share_ids() -> None:
+    drawn = '<svg width="1" viewBox="0 0 1 1"><clipPath id="c"/><path clip-path="url(#c)"/></svg>'
+    inlined = plots._inline(drawn, "ttft", 'a "b" <c>')
+    assert inlined.endswith('<clipPath id="ttft-c"/><path clip-path="url(#ttft-c)"/></svg>')
+    assert 'viewBox="0 0 1 1" role="img" aria-label="a &quot;b&quot; &lt;c>"' in inlined
 
 
 class Page(HTMLParser):

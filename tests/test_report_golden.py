@@ -16,6 +16,7 @@ from replay.records import CANCELLED, OK, SHED, FleetState, Outcome, ReplicaLife
 from replay.report.load import REPLICA_COLUMNS, REPORT_COLUMNS, REQUEST_COLUMNS, STATE_COLUMNS, load_run
 from replay.report.metrics import figures, measure, pool, quantile
 from replay.report.slo import Slo
+from replay.report.timeline import BINS, timeline
 from tests.make_run import ns, plan_table, write_run
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.15)
@@ -221,3 +222,29 @@ def test_load_run_is_there_for_notebooks_from_the_package_itself(tmp_path: Path)
     assert len(replay.load_run(tmp_path / "run").requests) == 5
     with pytest.raises(AttributeError, match="no attribute 'load_runs'"):
         replay.load_runs  # noqa: B018
+
+
+def test_a_time_line_holds_a_value_until_the_next_sample_and_keeps_the_peak_of_each_bin(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", ROWS, plan=plan_table(ARRIVALS_S), states=STATES[1:])  # the first sample comes at 1 s
+    found = timeline(load_run(tmp_path / "run", REPORT_COLUMNS))
+    assert found.bin_s == pytest.approx(6 / BINS)
+    assert (found.requests, found.span_s) == (5, 4.0)
+    assert found.arrivals_rps.sum() * found.bin_s == pytest.approx(5)
+    assert found.ready is not None
+    assert found.queued is not None
+    assert found.starting is not None
+    by_second = found.ready.reshape(6, -1)
+    assert by_second == pytest.approx(np.repeat([[1], [1], [1], [2], [2], [1]], BINS // 6, axis=1)), (
+        "before the first sample as in it"
+    )
+    assert found.queued.reshape(6, -1)[:, 1].tolist() == [4, 4, 4, 0, 0, 1], "a sample belongs to the bin it begins"
+    assert found.queued[BINS // 2] == 0, "a bin that opens with a change does not see what was before"
+    assert found.queued[BINS * 5 // 6 - 1] == 0, "a sample at the end of a bin is the next one's"
+    assert found.starting.sum() * found.bin_s == pytest.approx(3)  # one replica starting, known from 1 s, assumed from 0 to 3 s
+
+
+def test_peak_to_mean_is_that_of_whole_bins_of_ten_seconds(tmp_path: Path) -> None:
+    arrivals_s = [0.0, 1, 2, 3, 4, 12, 25, 29, 31, 32, 33]  # whole bins hold 5, 1, 2; the fourth is cut
+    rows = [Outcome(i, ns(at), done_at_ns=ns(at), status=SHED) for i, at in enumerate(arrivals_s)]
+    write_run(tmp_path / "run", rows, plan=plan_table(arrivals_s))
+    assert timeline(load_run(tmp_path / "run")).peak_to_mean == pytest.approx(5 / (8 / 3))

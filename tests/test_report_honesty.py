@@ -52,7 +52,7 @@ def test_a_run_that_stopped_itself_early_is_cut_where_it_says(tmp_path: Path) ->
 
 
 def test_rows_that_went_missing_repeated_or_were_never_planned_break_conservation(tmp_path: Path) -> None:
-    rows = [row(0), row(1), row(1, status=TIMEOUT, done_at_ns=ns(90)), row(7)]
+    rows = [row(0), row(1, status=TIMEOUT, done_at_ns=ns(90)), row(1), row(7)]
     write_run(tmp_path / "run", rows, plan=plan_table(range(4)))
     found = report(tmp_path / "run")
     [arm] = found.policies[0].arms
