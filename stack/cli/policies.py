@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,7 +25,7 @@ def policies(context: typer.Context, json_out: Annotated[bool, typer.Option("--j
         return
     from replay.policies import spec
 
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"role": role, "kind": kind, "summary": (cls.__doc__ or "").split("\n")[0], "parameters": spec.defaults(cls)}
         for role, table in spec.ROLES.items()
         for kind, cls in table.items()
