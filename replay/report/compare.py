@@ -97,7 +97,7 @@ def _ratio_of(
             return None, None, None, "zero in a run: no ratio"
         logs.append(math.log(b / a))
     if not logs:
-        return None, None, None, "no pair of valid runs"
+        return None, None, None, too_few(0)
     found = t_interval(logs)
     if found is None:
         return as_percent(math.fsum(logs) / len(logs)), None, None, too_few(len(logs))
@@ -111,4 +111,6 @@ def as_percent(log_ratio: float) -> float:
 
 def too_few(pairs: int) -> str:
     """Why there is no interval, in the words of the report."""
+    if pairs == 0:
+        return "no pair of valid runs"
     return "one pair: not enough data" if pairs == 1 else f"{pairs} pairs: not enough data"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from replay.report.assemble import Report
+from replay.report.compare import too_few
 from replay.report.metrics import Values
 from replay.report.tables import GLOSSARY, RUN_HEADINGS, differences, overview, price_words, run_rows, trace_words
 
@@ -34,7 +35,11 @@ def markdown(report: Report) -> str:
     lines += _table(["a run", *names], ([label, *cells] for label, cells in overview(report)))
     if rows := differences(report):
         heading = f"against {report.baseline}"
-        asked = f"intervals answer “{report.question}”" if any(c.ci_low is not None for c in report.comparisons) else "no interval"
+        asked = (
+            f"intervals answer “{report.question}”"
+            if any(c.ci_low is not None for c in report.comparisons)
+            else f"no interval: {too_few(report.comparisons[0].n)}"
+        )
         lines += ["", f"Differences {_plain(heading)} (95 %; {_plain(asked)}; descriptive, the verdict alone decides):", ""]
         lines += _table([heading, *names[1:]], ([label, *cells] for label, cells in rows))
     lines += ["", "<details><summary>Runs, prices and definitions</summary>", ""]

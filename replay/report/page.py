@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from replay.report import plots, tables
 from replay.report.assemble import Policy, Report
+from replay.report.compare import too_few
 
 
 def page(report: Report, command: str = "") -> str:
@@ -28,6 +29,7 @@ def page(report: Report, command: str = "") -> str:
         versions=_versions(report), specs=[(policy.name, _yaml(policy.spec)) for policy in report.policies],
         experiment=_yaml(report.spec), badges=[_badge(policy) for policy in report.policies],
         lowest={"lower": "↓", "higher": "↑", "": ""},
+        few=too_few(report.comparisons[0].n) if report.comparisons else "",
         has_interval=any(comparison.ci_low is not None for comparison in report.comparisons),
     )  # fmt: skip
 

@@ -102,7 +102,9 @@ def _traffic(policies: Sequence[Policy]) -> Figure:
     """Arrivals, and below them on the same axis the queue that they made under each policy."""
     line = policies[0].timeline
     unit_s, title = _time_axis(policies)
-    x = alt.X("at:Q", title=title, scale=alt.Scale(domain=[0, _window_s(policies) / unit_s], nice=False))
+    x = alt.X(
+        "at:Q", title=title, axis=alt.Axis(tickCount=8), scale=alt.Scale(domain=[0, _window_s(policies) / unit_s], nice=False)
+    )
     arrivals = pd.DataFrame({"at": _starts(line) / unit_s, "rps": line.arrivals_rps})
     chart: Any = (
         alt.Chart(arrivals)
@@ -144,7 +146,12 @@ def _replicas(policies: Sequence[Policy]) -> Figure | None:
         alt.Chart(pd.concat(frames))
         .mark_area(interpolate="step-after")
         .encode(
-            x=alt.X("at:Q", title=title, scale=alt.Scale(domain=[0, _window_s(policies) / unit_s], nice=False)),
+            x=alt.X(
+                "at:Q",
+                title=title,
+                axis=alt.Axis(tickCount=8),
+                scale=alt.Scale(domain=[0, _window_s(policies) / unit_s], nice=False),
+            ),
             y=alt.Y("from:Q", title=None, axis=alt.Axis(tickMinStep=1, tickCount=4)),
             y2="to:Q",
             color=alt.Color("state:N", scale=alt.Scale(domain=list(STATES), range=list(STATES.values())), legend=None),
@@ -235,7 +242,7 @@ def _phases(policies: Sequence[Policy]) -> Figure | None:
         alt.Chart(pd.DataFrame(rows))
         .mark_bar(height=20)
         .encode(
-            x=alt.X("seconds:Q", title="mean seconds of ok requests"),
+            x=alt.X("seconds:Q", title="mean seconds of ok requests", axis=alt.Axis(tickCount=6)),
             y=alt.Y("part:N", title=None, sort=["all", "slowest 5 %"]),
             color=alt.Color("phase:N", scale=alt.Scale(domain=words, range=[PHASE_COLOURS[p] for p in seen]), legend=None),
             order="order:Q",
@@ -259,7 +266,7 @@ def _figure(name: str, title: str, caption: str, chart: Any, legend: list[tuple[
     }
     lines = {"domainColor": "var(--line)", "tickColor": "var(--line)", "gridColor": "var(--grid)"}
     styled = (
-        chart.configure(background="transparent", font="system-ui, sans-serif", aria=False)
+        chart.configure(background="transparent", padding=8, font="system-ui, sans-serif", aria=False)
         .configure_view(stroke=None)
         .configure_axis(**ink, **lines)
         .configure_header(labelColor="var(--ink)", labelFontSize=13)

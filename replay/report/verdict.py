@@ -58,11 +58,11 @@ def decide(standings: Sequence[Standing], slo: Slo, target: float, repeats: int,
     if not able:
         return Verdict("none", f"No verdict: no policy has a valid run.{barred}")
     if repeats < PAIRS_MIN:
-        return Verdict("not enough data", _not_enough(able, repeats, len(standings)) + barred)
+        return Verdict("not enough data", _not_enough(able, repeats) + barred)
     meeting = [s for s in able if s.interval is not None and s.interval.low >= target]
     if not meeting:
-        return Verdict("none", _none_meets(able, target, len(standings)) + barred)
-    verdict = _cheapest(meeting, target, ask) if len(standings) > 1 else _alone(meeting[0], target)
+        return Verdict("none", _none_meets(able, target) + barred)
+    verdict = _cheapest(meeting, target, ask) if len(able) > 1 else _alone(meeting[0], target)
     missing = _ranked([s for s in able if s not in meeting])
     failing = f" Not meeting it: {missing}." if missing else ""
     return Verdict(verdict.kind, verdict.sentence + failing + barred, verdict.winner)
@@ -79,17 +79,17 @@ def _ranked(standings: Sequence[Standing]) -> str:
     return ", ".join(f"{s.policy} {_attained(s)}" for s in ordered)
 
 
-def _not_enough(able: Sequence[Standing], repeats: int, policies: int) -> str:
-    unit = "run" if policies == 1 else "pair of runs"
-    count = f"one {unit}" if repeats == 1 else f"{repeats} {unit.replace('pair', 'pairs') if policies > 1 else 'runs'}"
+def _not_enough(able: Sequence[Standing], repeats: int) -> str:
+    one, many = ("valid run", "valid runs") if len(able) == 1 else ("pair of runs", "pairs of runs")
+    count = {0: f"no {one}", 1: f"one {one}"}.get(repeats, f"{repeats} {many}")
     return (
         f"Not enough data for a verdict: {count}; an interval needs at least {PAIRS_MIN}, a useful one {PAIRS_USEFUL}. "
         f"SLO attainment as measured: {_ranked(able)}."
     )
 
 
-def _none_meets(able: Sequence[Standing], target: float, policies: int) -> str:
-    if policies == 1:
+def _none_meets(able: Sequence[Standing], target: float) -> str:
+    if len(able) == 1:
         return f"{able[0].policy} does not meet the objective: {_attained(able[0])} of requests are good, target {share(target)}."
     return f"None meets it: the target is {share(target)} of requests good. By attainment: {_ranked(able)}."
 

@@ -82,6 +82,7 @@ def exit_code(found: Report) -> int:
 def show(found: Report, page: Path) -> None:
     """The report on the terminal: ground and verdict first, then the figures, then the differences."""
     from replay.report import tables
+    from replay.report.compare import too_few
 
     names = [policy.name for policy in found.policies]
     console.print(f"[bold]{escape(found.ground)}[/]", highlight=False)
@@ -99,7 +100,8 @@ def show(found: Report, page: Path) -> None:
     console.print(overview)
     if rows := tables.differences(found):
         has_interval = any(comparison.ci_low is not None for comparison in found.comparisons)
-        asked = f"95 %, t over pairs; the question: {found.question}" if has_interval else "no interval: not enough data"
+        few = too_few(found.comparisons[0].n)
+        asked = f"95 %, t over pairs; the question: {found.question}" if has_interval else f"no interval: {few}"
         console.print(
             f"\nagainst {escape(found.baseline)} ({escape(asked)}); descriptive, the verdict alone decides", highlight=False
         )
