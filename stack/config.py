@@ -85,10 +85,12 @@ class GatewayConfig:
             if not document.get(key):
                 raise InputError("is missing", where=f"{where} {key}", fix="see python -m stack.gateway --help")
         scalars.update(run_dir=Path(scalars["run_dir"]), slo=scalars["slo"] or {})
+        fleet = fleet_spec(document["fleet"], f"{where} fleet")
+        policy = policies.from_dict(document["policy"], where=f"{where} policy")
         return cls(
             api_keys=api_keys(document.get("api_keys") or {}, f"{where} api_keys"),
-            policy=policies.from_dict(document["policy"], where=f"{where} policy"),
-            fleet=fleet_spec(document["fleet"], f"{where} fleet"),
+            policy=policies.for_urls(policy, len(fleet.urls)) if fleet.urls else policy,
+            fleet=fleet,
             limits=GatewayLimits(**parameters(GatewayLimits, document.get("limits", {}), where, {}, ("limits",))),
             **scalars,
         )

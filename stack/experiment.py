@@ -120,11 +120,12 @@ def from_dict(document: Any, *, where: str, lines: Lines | None = None, folder: 
         raise InputError(
             "has no fleet", where=where, rule="fleet: {kind: stand-in | llama | urls, ...}", fix="fleet: {kind: stand-in}"
         )
+    fleet = fleet_spec(document["fleet"], place(where, lines, ("fleet",)))
     return Experiment(
         scalars,
         _shaping(document.get("shaping") or {}, where, lines),
-        fleet_spec(document["fleet"], place(where, lines, ("fleet",))),
-        named,
+        fleet,
+        tuple(policies.for_urls(policy, len(fleet.urls)) for policy in named) if fleet.urls else named,
         Slo(**parameters(Slo, document.get("slo") or {}, where, lines, ("slo",))),
     )
 
@@ -201,7 +202,7 @@ def warnings(experiment: Experiment) -> list[str]:
     if not experiment.terms():
         found.append("no slo: goodput and cost per good token will not be printed")
     if price(experiment.fleet) is None:
-        found.append(f"no price for {experiment.fleet.gpu}: costs will be unknown; set fleet.usd_per_gpu_hour")
+        found.append("no price is known for this fleet: costs will be unknown; set fleet.usd_per_gpu_hour")
     return found
 
 

@@ -113,3 +113,10 @@ def test_a_policy_never_sees_the_recorded_output_length() -> None:
     assert "output_tokens" not in Request._fields
     seen = observe(1, prompt_bytes=400, prefix_hashes=(1,), ratio=TokenRatio(), output_cap=300)
     assert (seen.prompt_tokens_est, seen.output_cap) == (100, 300)
+
+
+def test_on_given_endpoints_fixed_means_all_of_them_and_no_autoscaler_gets_more() -> None:
+    fixed = spec.for_urls(spec.load("round-robin"), 3)
+    assert (fixed.replicas, fixed.roles["autoscaler"][1]["replicas"]) == (spec.Replicas(3, 3), 3)
+    scaled = spec.for_urls(spec.load("lo-concurrency"), 3)
+    assert scaled.replicas == spec.Replicas(1, 3)

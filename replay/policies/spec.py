@@ -168,6 +168,15 @@ def build(spec: PolicySpec, seed: int) -> Policy:
     )
 
 
+def for_urls(spec: PolicySpec, urls: int) -> PolicySpec:
+    """The policy on a fleet of given endpoints: ``fixed`` means all of them, and no autoscaler gets more than there are."""
+    kind, given = spec.roles["autoscaler"]
+    if kind == "fixed":
+        roles = {**spec.roles, "autoscaler": (kind, {**given, "replicas": urls})}
+        return dataclasses.replace(spec, roles=roles, replicas=Replicas(urls, urls))
+    return dataclasses.replace(spec, replicas=Replicas(min(spec.replicas.min, urls), min(spec.replicas.max, urls)))
+
+
 def defaults(cls: type) -> dict[str, Any]:
     """The parameters of one kind and their defaults, as a policy file names them."""
     return {name: field.default for name, field in model(cls).model_fields.items()}
