@@ -197,6 +197,8 @@ def warnings(experiment: Experiment) -> list[str]:
     found = []
     if experiment.scalars.repeats < 3:
         found.append(f"{experiment.scalars.repeats} repeat(s): point estimates only; an interval needs at least 3, a useful one 5")
+    if len({policy.replicas.min for policy in experiment.policies}) > 1:
+        found.append("the policies start with different numbers of replicas: their first minute is not comparable")
     if len(experiment.policies) < 2:
         found.append("one policy: nothing is compared")
     if not experiment.terms():
