@@ -109,7 +109,7 @@ class Call:
         if why == "client_error":  # the replica's own refusal goes back as it came
             exchange.respond(self._status, [*self._headers, *self._own_headers()], b"".join(self._body))
         elif why == "stream_error":
-            exchange.end()  # the error event itself has been forwarded
+            pass  # the error event itself has been forwarded, to the stream's proper end
         elif exchange.started:
             # A blank line first: the stream may have broken in the middle of an event.
             exchange.write(b"\n\ndata: %b\n\n" % error_body(502, f"the replica failed: {detail}", code=why))
@@ -160,32 +160,37 @@ class Call:
         if self._relay is None:
             self._whole(data, last)
             return
-        now_ns = self.gateway.now_ns()
-        relay = self._relay
+        now_ns, relay, exchange = self.gateway.now_ns(), self._relay, self.exchange
         out = relay.feed(data, last)
+        is_first_token = False
         if out and self._finder.find(out) >= 0:
             if self.first_token_ns < 0:
-                self.first_token_ns = now_ns
-                self.gateway.first_token(self)
+                self.first_token_ns, is_first_token = now_ns, True
             elif now_ns - self.last_token_ns > self.longest_gap_ns:
                 self.longest_gap_ns = now_ns - self.last_token_ns
             self.last_token_ns = now_ns
-        exchange = self.exchange
         if not exchange.started and (out or last):
             self.first_chunk_ns = now_ns
             exchange.start(200, [*self._headers, *self._own_headers()])
         if self._client_is_ours and (relay.done_at >= 0 or (last and not relay.done)):
             out = self._with_report(out, relay.done_at, now_ns)
-        if not last:
+        # The client's bytes leave first; the fleet and the books are told after that.
+        if last:
+            exchange.end(out)
+        else:
             exchange.write(out)
-            return
+        if is_first_token:
+            self.gateway.first_token(self)
+        if last:
+            self._stream_ended(relay)
+
+    def _stream_ended(self, relay: Relay) -> None:
+        """Complete as far as HTTP goes; the stream itself may say that it failed."""
         error = sse.stream_error(relay.kept)
         if error:
-            exchange.write(out)
             self.detail = error
             self.gateway.failed(self, "stream_error", tokens_out=1)
         else:
-            exchange.end(out)
             self._finished_stream()
 
     def _with_report(self, out: bytes, done_at: int, now_ns: int) -> bytes:
@@ -288,7 +293,7 @@ class Call:
 
     def _end(self, status: int, http_status: int, usage: sse.Usage = _NO_USAGE) -> None:
         """Write the record. The first to call it wins: every request ends once."""
-        self.ended = True
+        self.ended, self._pending = True, None  # no cycle of the two is left for the collector
         now_ns = self.gateway.now_ns()
         report, request = self._report(now_ns), self.inbound
         foreign_trace = request.trace if not self._client_is_ours else 0

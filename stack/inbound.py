@@ -120,6 +120,7 @@ def _hash(key: bytes) -> bytes:
 def read(exchange: Exchange, tenants: Tenants, upstream_key: str | None) -> Inbound:
     """Everything the gateway wants to know of a completion request; RefusedError says why it cannot be served."""
     tenant = tenants.of(exchange)
+    named = dict(reversed(exchange.headers))  # of a repeated header, the first
     try:
         body = _BODY.decode(exchange.body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -127,8 +128,8 @@ def read(exchange: Exchange, tenants: Tenants, upstream_key: str | None) -> Inbo
     text = _prompt_text(body)
     asked = body.stream_options is not None and bool(body.stream_options.include_usage)
     strip = bool(body.stream) and not asked
-    trace, parent = _trace_context(exchange.get(b"traceparent"))
-    cap = _number(exchange, wire.H_OUTPUT_CAP)
+    trace, parent = _trace_context(named.get(b"traceparent"))
+    cap = _number(named, wire.H_OUTPUT_CAP)
     return Inbound(
         target=exchange.target,
         body=_with_usage(exchange.body) if strip else exchange.body,
@@ -140,13 +141,13 @@ def read(exchange: Exchange, tenants: Tenants, upstream_key: str | None) -> Inbo
         prefix_hashes=block_hashes(text[:HASHED_BYTES_MAX]),
         output_cap=cap if cap is not None else body.max_completion_tokens or body.max_tokens,
         tenant=tenant,
-        session=_text(exchange.get(wire.H_SESSION)),
-        priority=_number(exchange, wire.H_PRIORITY) or 0,
-        run_id=_text(exchange.get(wire.H_RUN)),
-        run_request=_number(exchange, wire.H_REQUEST),
+        session=_text(named.get(wire.H_SESSION)),
+        priority=_number(named, wire.H_PRIORITY) or 0,
+        run_id=_text(named.get(wire.H_RUN)),
+        run_request=_number(named, wire.H_REQUEST),
         trace=trace,
         parent_span=parent,
-        request_id=exchange.get(wire.H_REQUEST_ID) or b"",
+        request_id=named.get(wire.H_REQUEST_ID, b""),
     )
 
 
@@ -154,8 +155,8 @@ def _text(value: bytes | None) -> str:
     return value[:TEXT_MAX].decode("utf-8", "replace") if value else ""
 
 
-def _number(exchange: Exchange, name: bytes) -> int | None:
-    value = exchange.get(name)
+def _number(named: dict[bytes, bytes], name: bytes) -> int | None:
+    value = named.get(name)
     if value is None:
         return None
     if not re.fullmatch(rb"[0-9]{1,18}" if name != wire.H_PRIORITY else rb"-?[0-9]{1,18}", value):
