@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from typing import Any
 
@@ -17,6 +18,7 @@ from replay.report.compare import too_few
 def page(report: Report, command: str = "") -> str:
     """The page's HTML. ``command`` is the line that made it, printed for whoever wants to make it again."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["whole"] = _whole
     here = resources.files("replay.report")
     template = environment.from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
     # CSS and SVG are our own output; the names inside the SVG were escaped as it was drawn.
@@ -32,6 +34,11 @@ def page(report: Report, command: str = "") -> str:
         few=too_few(report.comparisons[0].n) if report.comparisons else "",
         has_interval=any(comparison.ci_low is not None for comparison in report.comparisons),
     )  # fmt: skip
+
+
+def _whole(text: str) -> str:
+    """The text with its units tied to their numbers, so that a cell breaks between figures only."""
+    return re.sub(r"(?<=\d) (?=(ms|s|%|/s)(\W|$))", "\u00a0", text)
 
 
 def _badge(policy: Policy) -> tuple[str, str, str]:

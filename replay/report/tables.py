@@ -150,23 +150,27 @@ def _count(policy: Policy, status: str) -> str:
     return f"{value(count, 'requests')} ({share(count / arrived)})"
 
 
-def differences(report: Report) -> list[tuple[str, list[str]]]:
-    """(label, difference of each policy from the baseline) of the key metrics; empty where nothing was compared."""
+def differences(report: Report, *, absolute: bool = True) -> list[tuple[str, list[str]]]:
+    """(label, difference of each policy from the baseline) of the key metrics; empty where nothing was compared.
+
+    ``absolute=False`` leaves the absolute difference out where there is a relative one: for narrow places.
+    """
     rows = []
     for name in KEY_METRICS:
         found = [report.versus(policy.name).get(name) for policy in report.policies[1:]]
         if any(c is not None and (c.percent is not None or c.difference is not None) for c in found):
-            rows.append((f"{_BY_NAME[name].label} ({_BY_NAME[name].better} is better)", [_words(c) for c in found]))
+            rows.append((f"{_BY_NAME[name].label} ({_BY_NAME[name].better} is better)", [_words(c, absolute) for c in found]))
     return rows
 
 
-def _words(comparison: Comparison | None) -> str:
+def _words(comparison: Comparison | None, absolute: bool) -> str:
     if comparison is None:
         return NOT_MEASURED
-    absolute = difference(comparison.difference, comparison.unit)
+    apart = difference(comparison.difference, comparison.unit)
     if comparison.percent is None:
-        return f"{absolute} ({comparison.note})"
-    return f"{absolute}, {percent(comparison.percent)} ({interval(comparison) or comparison.note})"
+        return f"{apart} ({comparison.note})"
+    relative = f"{percent(comparison.percent)} ({interval(comparison) or comparison.note})"
+    return f"{apart}, {relative}" if absolute else relative
 
 
 def run_rows(report: Report) -> list[list[str]]:

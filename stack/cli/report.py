@@ -98,7 +98,7 @@ def show(found: Report, page: Path) -> None:
     for label, cells in tables.overview(found):
         overview.add_row(label, *map(escape, cells))
     console.print(overview)
-    if rows := tables.differences(found):
+    if rows := tables.differences(found, absolute=False):
         has_interval = any(comparison.ci_low is not None for comparison in found.comparisons)
         few = too_few(found.comparisons[0].n)
         asked = f"95 %, t over pairs; the question: {found.question}" if has_interval else f"no interval: {few}"
