@@ -193,9 +193,12 @@ class Meters(Collector):
             histograms[duration].observe(took[records["status"] == code], *labels, "" if code == OK else status)
 
     def _good(self, batch: Batch) -> Any:
-        """Ended ok and met every term that is set; a TPOT that one token leaves undefined is met."""
-        terms: dict[str, Array] = {"ttft_s": batch.ttft_s, "tpot_s": np.nan_to_num(batch.tpot_s, nan=0.0), "e2e_s": batch.e2e_s}
-        good = batch.records["status"] == OK
+        """Ended ok and met every term that is set: an answer too short for a TPOT met it, one whose tokens nobody counted did not."""
+        records = batch.records
+        too_short = (records["output_tokens"] >= 0) & (records["output_tokens"] <= np.maximum(records["first_chunk_tokens"], 1))
+        tpot_s = np.where(too_short, 0.0, batch.tpot_s)
+        terms: dict[str, Array] = {"ttft_s": batch.ttft_s, "tpot_s": tpot_s, "e2e_s": batch.e2e_s}
+        good = records["status"] == OK
         for term, most in self._slo.items():
             good = good & (terms[term] <= most)
         return good

@@ -125,7 +125,7 @@ def test_a_full_disk_stops_the_run_and_says_at_which_second(experiment: experime
             text=True,
             timeout=120,
             check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),  # noqa: PLW1509 (one thread here)
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
             env={**os.environ},
         )
     assert done.returncode == 1, done.stdout[-3000:]
