@@ -22,9 +22,9 @@ from replay.errors import InputError
 from replay.hardware import FleetSpec, fleet_spec, price
 from replay.policies import spec as policies
 from replay.records import NS_PER_S
-from replay.report.slo import Slo
 from replay.runs import write_atomically
 from replay.schedule import parse_duration_s
+from replay.slo import Slo
 from replay.strict import Lines, parameters, parse_yaml, place, read_bounded
 from replay.traces import Shaping
 

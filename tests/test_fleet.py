@@ -196,13 +196,9 @@ def test_requests_on_a_replica_that_is_gone_are_counted_until_the_driver_fails_t
     assert story.fleet.counts.by_status[ERROR] == 1
 
 
+NAMES = ["arrive", "finish", "fail", "cancel", "first_token", "replica_ready", "replica_gone", "replica_notice", "wake"]
 INPUTS = st.lists(
-    st.tuples(
-        st.sampled_from(["arrive", "finish", "fail", "cancel", "first_token", "replica_ready", "replica_gone", "replica_notice", "wake"]),
-        st.integers(0, 30),
-        st.integers(0, 3 * S),
-        st.integers(0, 3),
-    ),
+    st.tuples(st.sampled_from(NAMES), st.integers(0, 30), st.integers(0, 3 * S), st.integers(0, 3)),
     max_size=120,
 )
 
@@ -216,11 +212,18 @@ INPUTS = st.lists(
     bounds=st.sampled_from([(0, 2), (1, 1), (2, 4)]),
 )
 def test_whatever_happens_every_request_ends_once_or_is_inside(
-    inputs: list[tuple[str, int, int, int]], slots: Any, balancer: str, scaler: str, limiter: dict[str, Any], bounds: tuple[int, int]
+    inputs: list[tuple[str, int, int, int]],
+    slots: Any,
+    balancer: str,
+    scaler: str,
+    limiter: dict[str, Any],
+    bounds: tuple[int, int],
 ) -> None:
     """Conservation and causality under arbitrary, even senseless, input orders; limits on slots and replicas hold throughout."""
     low, high = bounds
-    written = policy(balancer=balancer, autoscaler=scaler, limiter=limiter, slots_per_replica=slots, replicas={"min": low, "max": high})
+    written = policy(
+        balancer=balancer, autoscaler=scaler, limiter=limiter, slots_per_replica=slots, replicas={"min": low, "max": high}
+    )
     written["queue"] = {"kind": "fifo", "length_max": 5, "timeout_s": 4}
     fleet = Fleet(spec.build(spec.from_dict(written), 1))
     now_ns, arrived, terminal = 0, set(), []

@@ -16,7 +16,7 @@ from replay.records import OK, SHED, Outcome, ReplicaLifetime
 from replay.report.assemble import Report, assemble
 from replay.report.compare import Comparison, compare, t_interval
 from replay.report.metrics import METRICS
-from replay.report.slo import Slo
+from replay.slo import Slo
 from tests.make_run import ns, plan_table, write_run
 
 SLO = Slo(ttft_s=1.0)

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from replay.report import files, formats, markdown, metrics, plots, slo
+from replay import slo
+from replay.report import files, formats, markdown, metrics, plots
 from replay.report.assemble import Report, assemble
 from replay.report.formats import difference, percent, seconds, share, value
-from replay.report.slo import Slo
 from replay.report.tables import overview, sections
+from replay.slo import Slo
 from stack.cli.report import report as report_command
 from tests.make_experiment import write_demo
 from tests.test_report_compare import write_arm

@@ -15,8 +15,8 @@ from replay.policies import costs
 from replay.records import CANCELLED, OK, SHED, FleetState, Outcome, ReplicaLifetime
 from replay.report.load import REPLICA_COLUMNS, REPORT_COLUMNS, REQUEST_COLUMNS, STATE_COLUMNS, load_run
 from replay.report.metrics import figures, measure, pool, quantile
-from replay.report.slo import Slo
 from replay.report.timeline import BINS, timeline
+from replay.slo import Slo
 from tests.make_run import ns, plan_table, write_run
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.15)

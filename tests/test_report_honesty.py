@@ -11,7 +11,7 @@ from replay.errors import InputError
 from replay.records import OK, TIMEOUT, Outcome
 from replay.report.assemble import Report, assemble
 from replay.report.load import load_run
-from replay.report.slo import Slo
+from replay.slo import Slo
 from tests.make_run import ns, plan_table, write_experiment, write_run
 from tests.test_report_compare import write_arm
 

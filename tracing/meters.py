@@ -193,7 +193,7 @@ class Meters(Collector):
             histograms[duration].observe(took[records["status"] == code], *labels, "" if code == OK else status)
 
     def _good(self, batch: Batch) -> Any:
-        """Ended ok and met every term that is set: an answer too short for a TPOT met it, one whose tokens nobody counted did not."""
+        """Ended ok and met every term that is set: an answer too short for a TPOT met it, one with uncounted tokens not."""
         records = batch.records
         too_short = (records["output_tokens"] >= 0) & (records["output_tokens"] <= np.maximum(records["first_chunk_tokens"], 1))
         tpot_s = np.where(too_short, 0.0, batch.tpot_s)

@@ -19,10 +19,10 @@ from replay.errors import InputError
 from replay.report.compare import PAIRS_MIN, Comparison, Interval, compare, t_interval
 from replay.report.load import REPORT_COLUMNS, load_run
 from replay.report.metrics import Measured, Totals, figures, measure, pool
-from replay.report.slo import Slo
 from replay.report.timeline import Timeline, timeline
 from replay.report.verdict import COST_METRICS, TARGET, Standing, Verdict, decide
 from replay.runs import Manifest, RunDir
+from replay.slo import Slo
 
 TOKENS_TOLERANCE: Final = 0.01  # arms whose answers differ more in length did not do the same work
 GROUNDS: Final = {

@@ -22,7 +22,7 @@ import pandas as pd
 from replay.policies import costs
 from replay.records import NS_PER_S, PHASES, STATUSES
 from replay.report.load import Run
-from replay.report.slo import Slo
+from replay.slo import Slo
 
 Values = npt.NDArray[np.float64]
 Totals = dict[str, float | None]  # null: not measured; inf: beyond the finite mass of a quantile

@@ -20,8 +20,8 @@ from replay.records import PHASES
 from replay.report.assemble import Policy, Report
 from replay.report.formats import seconds
 from replay.report.metrics import Values
-from replay.report.slo import limit_words
 from replay.report.timeline import Timeline
+from replay.slo import limit_words
 
 WIDTH: Final = 430  # of the plotting area in CSS pixels; the page scales it, to three quarters at a width of 380
 ECDF_POINTS: Final = 400

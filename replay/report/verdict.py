@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from replay.report.compare import PAIRS_MIN, PAIRS_USEFUL, Comparison, Interval
 from replay.report.formats import percent, share, value
-from replay.report.slo import Slo
+from replay.slo import Slo
 
 TARGET: Final = 0.95
 # What "cheapest" is counted in: the first of these that every policy that meets the objective has.

@@ -65,7 +65,7 @@ def make(
     """The report and the files that it was written to, by suffix."""
     from replay.report import files
     from replay.report.assemble import assemble
-    from replay.report.slo import Slo
+    from replay.slo import Slo
 
     found = assemble(runs, slo=Slo.parse(slo) if slo else None, baseline=baseline, target=target)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))

@@ -1,7 +1,8 @@
 """``python -m tests.benchmarks [NAME...]``: run the benchmarks, print one table, write build/bench.json.
 
-Each ``bench_<name>.py`` here has ``figures()``, which yields {name, value, unit, against, ratio, target, ok}: a figure, what it was
-measured against in the same run, their ratio, and the declared target. Machines are shared and noisy: ratios and medians, not verdicts.
+Each ``bench_<name>.py`` here has ``figures()``, which yields {name, value, unit, against, ratio, target, ok}: a figure, what it
+was measured against in the same run, their ratio, and the declared target. Machines are shared and noisy: ratios and medians, not
+verdicts.
 """
 
 from __future__ import annotations

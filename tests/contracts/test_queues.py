@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from replay.policies.queues import QUEUES, Fifo
 from tests.fleet_driver import S, request
 
-STEPS = st.lists(st.tuples(st.sampled_from(["push", "pop", "remove", "expire"]), st.integers(0, 40), st.integers(0, 2 * S)), max_size=200)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["push", "pop", "remove", "expire"]), st.integers(0, 40), st.integers(0, 2 * S)),
+    max_size=200,
+)
 
 
 @pytest.mark.parametrize("kind", QUEUES)
