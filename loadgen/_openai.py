@@ -9,7 +9,9 @@ Why not geventhttpclient: its ``iter_lines`` reads blocks of 1024 bytes, which a
 from __future__ import annotations
 
 import _socket  # the bare sockets: gevent's wrapper tries a read before every wait, one failed system call a chunk
+import contextlib
 import errno
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -50,7 +52,12 @@ def resolve(url: str) -> Target:
     """The target of ``--host``; InputError where it is no http URL or its name is unknown."""
     parts = urlsplit(url if "//" in url else f"http://{url}")
     if parts.scheme != "http" or not parts.hostname:
-        raise InputError(f"{url!r} is no address to send to", where="--host", rule="http://name[:port][/base]", fix="--host http://127.0.0.1:8000")
+        raise InputError(
+            f"{url!r} is no address to send to",
+            where="--host",
+            rule="http://name[:port][/base]",
+            fix="--host http://127.0.0.1:8000",
+        )
     try:
         port = parts.port or 80
         found = gevent.socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
@@ -73,7 +80,7 @@ def connect(target: Target) -> _socket.socket:
                 _wait(sock, _WRITE)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, errno.errorcode.get(code, str(code)))
+            raise OSError(code, os.strerror(code))
     except BaseException:
         sock.close()
         raise
@@ -208,10 +215,8 @@ class Connection:
         """Let the reading greenlet see the end; it closes the socket, so that no other can be given its number meanwhile."""
         if self.open:
             self.open = False
-            try:
+            with contextlib.suppress(OSError):  # the peer was faster
                 self.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the peer was faster
 
 
 class Client:

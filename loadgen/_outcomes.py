@@ -1,57 +1,21 @@
-"""One row a request: fixed-size records to the spool, and the histograms that outlive single requests.
+"""One row a request: what became of it, as a fixed-size record, and the spool that takes them.
 
 The sender only appends bytes; the recorder, a process of its own, makes Parquet parts, spans and metrics from them.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from replay.records import PHASES
+from loadgen._sse import Ending, Stream, read_ending
+from replay.records import ERROR, LIMITED, OK, OUTCOME_STRUCT, PHASES, QUEUE_REASONS, SHED, Outcome
+from replay.sse import error_message
 from replay.wire import PhaseReport
 
-FLOOR_NS: Final = 10_000  # 10 us: below it a client sees the grain of its own event loop
-GROWTH: Final = 1.05
-CEILING_NS: Final = 600_000_000_000
-_SCALE: Final = 1 / math.log(GROWTH)
-_LAST: Final = math.ceil(math.log(CEILING_NS / FLOOR_NS) * _SCALE)
-
-
-class LogHistogram:
-    """Counts in buckets 5 % wide from 10 us to 600 s; bucket 0 is everything below, the last everything above.
-
-    Quantiles are the geometric middle of their bucket: at most 2.5 % off.
-    """
-
-    __slots__ = ("counts",)
-
-    def __init__(self, counts: list[int] | None = None) -> None:
-        self.counts = counts or [0] * (_LAST + 1)
-
-    def add(self, value_ns: int) -> None:
-        if value_ns < FLOOR_NS:
-            self.counts[0] += 1
-        else:
-            self.counts[min(int(math.log(value_ns / FLOOR_NS) * _SCALE) + 1, _LAST)] += 1
-
-    def merge(self, counts: list[int]) -> None:
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
-
-    def quantile_ns(self, share: float) -> float | None:
-        """The value below which ``share`` of what was added lies; None where nothing was."""
-        rank, seen = share * sum(self.counts), 0
-        for index, count in enumerate(self.counts):
-            seen += count
-            if count and seen >= rank:
-                return FLOOR_NS / 2 if index == 0 else FLOOR_NS * GROWTH ** (index - 0.5)
-        return None
-
-    def as_json(self) -> dict[str, list[float] | list[int]]:
-        """``counts[i]`` lies between ``edges_s[i]`` and ``edges_s[i + 1]``."""
-        return {"edges_s": [0.0, *(FLOOR_NS * GROWTH**i / 1e9 for i in range(_LAST + 1))], "counts": self.counts}
+INT32: Final = 2**31
 
 
 class Phases(NamedTuple):
@@ -71,6 +35,16 @@ class Phases(NamedTuple):
 
 
 assert Phases._fields == tuple(f"{phase}_ns" for phase in PHASES)
+
+
+def plausible(report: PhaseReport) -> bool:
+    """Whether every number fits its field of the record: a gateway's mistake must not cost the row."""
+    return (
+        all(-1 <= value < 2**62 for value in report)
+        and report.replica_id < INT32
+        and 0 <= report.attempts < 256
+        and 0 <= report.queue_reason < len(QUEUE_REASONS)
+    )
 
 
 def explain(report: PhaseReport | None, *, scheduled_ns: int, sent_ns: int, done_ns: int) -> Phases:
@@ -117,6 +91,100 @@ def parse_server_timing(value: bytes) -> PhaseReport | None:
         route_ns=get("gateway", -1), prefill_ns=-1, decode_ns=-1, retry_ns=get("retry", -1), replica_id=-1, attempts=-1,
         queue_reason=-1,
     )  # fmt: skip
+
+
+class Clock(NamedTuple):
+    """Where the run's zero lies on this machine's monotonic clock, and on everybody's wall clock."""
+
+    start_ns: int
+    started_at_unix_ns: int
+
+    def at(self, instant_ns: int) -> int:
+        """An instant of the monotonic clock on the run's; -1 stays -1."""
+        return instant_ns - self.start_ns if instant_ns >= 0 else -1
+
+
+class Ended(NamedTuple):
+    """A concluded request: its record, and what live tables show of it. -1: not measured."""
+
+    row: bytes
+    status: int
+    detail: str
+    late_ns: int
+    ttft_ns: int
+    tpot_ns: int
+    e2e_ns: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+def judge(stream: Stream, ending: Ending) -> tuple[int, str]:
+    """(status, detail) of a request that is over."""
+    if stream.outcome >= 0:
+        return stream.outcome, stream.cause
+    if stream.cause:
+        return ERROR, stream.cause
+    if stream.http_status != 200:
+        said = error_message(stream.tail_kept) or stream.tail_kept[:60].decode("utf-8", "replace")
+        status = LIMITED if stream.http_status == 429 else SHED if stream.http_status == 503 and stream.retry_after else ERROR
+        return status, f"http {stream.http_status}: {said}"
+    if stream.chunks == 0:
+        said = error_message(stream.tail_kept) or stream.content_type.decode("latin-1")
+        return ERROR, f"answered without a stream: {said}"
+    if ending.error:
+        return ERROR, f"in the stream: {ending.error}"
+    return (OK, "") if ending.done else (ERROR, "the stream ended without [DONE]")
+
+
+def conclude(stream: Stream, clock: Clock, *, model: bytes, tenant: bytes = b"", session: bytes = b"") -> Ended:
+    """The record of a request that is over, and what the live tables need of it."""
+    ending = read_ending(stream.tail_kept + stream.tail)
+    status, detail = judge(stream, ending)
+    told = ending.report if ending.report and plausible(ending.report) else None
+    report = told or parse_server_timing(stream.server_timing)
+    phases = explain(report, scheduled_ns=stream.scheduled_ns, sent_ns=stream.sent_ns, done_ns=stream.done_ns)
+    prompt, output, cached = (count if count < INT32 else -1 for count in ending.usage)
+    # Tokens that came in one read lie at one instant: nothing lies between them that could be measured.
+    in_one_read = stream.first_token_ns == stream.last_token_ns
+    first_tokens = output if in_one_read and output > 0 else stream.first_chunk_tokens
+    outcome = Outcome(
+        request_id=stream.request_id,
+        scheduled_at_ns=clock.at(stream.scheduled_ns),
+        sent_at_ns=clock.at(stream.sent_ns),
+        gateway_at_ns=report.gateway_at_unix_ns - clock.started_at_unix_ns if report and report.gateway_at_unix_ns > 0 else -1,
+        first_chunk_at_ns=clock.at(stream.first_chunk_ns),
+        first_token_at_ns=clock.at(stream.first_token_ns),
+        last_token_at_ns=clock.at(stream.last_token_ns),
+        done_at_ns=clock.at(stream.done_ns),
+        longest_gap_ns=stream.longest_gap_ns,
+        **phases._asdict(),
+        chunks=stream.chunks,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        cached_tokens=cached,
+        first_chunk_tokens=first_tokens,
+        replica_id=told.replica_id if told else int(stream.replica) if re.fullmatch(rb"\d{1,9}", stream.replica) else -1,
+        http_status=stream.http_status,
+        attempts=told.attempts if told else int(stream.sent_ns >= 0),
+        queue_reason=told.queue_reason if told else 0,
+        status=status,
+        model=model,
+        tenant=tenant,
+        session_id=session,
+        detail=detail.encode(),
+    )
+    timed = stream.first_token_ns >= 0 and output > first_tokens > 0
+    return Ended(
+        row=OUTCOME_STRUCT.pack(*outcome),
+        status=status,
+        detail=detail,
+        late_ns=stream.sent_ns - stream.scheduled_ns if stream.sent_ns >= 0 else -1,
+        ttft_ns=stream.first_token_ns - stream.scheduled_ns if stream.first_token_ns >= 0 else -1,
+        tpot_ns=(stream.last_token_ns - stream.first_token_ns) // (output - first_tokens) if timed else -1,
+        e2e_ns=stream.done_ns - stream.scheduled_ns,
+        prompt_tokens=prompt,
+        output_tokens=output,
+    )
 
 
 class Spool:

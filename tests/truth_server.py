@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import httptools
@@ -204,7 +203,7 @@ class Server(asyncio.Protocol):
     def __init__(self, truth: Truth) -> None:
         self.truth, self.loop = truth, asyncio.get_running_loop()
         self.parser = httptools.HttpRequestParser(self)
-        self.pending: list[asyncio.TimerHandle] = []
+        self.pending: asyncio.TimerHandle | None = None
         self.may_write = True
         self.waiting: Iterator[bytes] | None = None
 
@@ -212,8 +211,8 @@ class Server(asyncio.Protocol):
         self.transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for handle in self.pending:
-            handle.cancel()
+        if self.pending:
+            self.pending.cancel()
 
     def data_received(self, data: bytes) -> None:
         self.parser.feed_data(data)
@@ -257,8 +256,10 @@ class Server(asyncio.Protocol):
         return self._play(SCRIPTS[name if name != "v1" else "plain"](ask), ask)
 
     def _refuse(self, status: int, ask: Ask) -> None:
-        retry = f"retry-after: {ask.options['retry']}\r\n" if "retry" in ask.options else ""
-        self._answer(status, {"error": {"message": "refused by script", "type": "x"}}, retry + "server-timing: gateway;dur=1.5, queue;dur=4\r\n")
+        headers = "server-timing: gateway;dur=1.5, queue;dur=4\r\n"
+        if "retry" in ask.options:
+            headers += f"retry-after: {ask.options['retry']}\r\n"
+        self._answer(status, {"error": {"message": "refused by script", "type": "x"}}, headers)
 
     def _answer(self, status: int, payload: Any, headers: str = "") -> None:
         body = json.dumps(payload).encode()
@@ -266,21 +267,28 @@ class Server(asyncio.Protocol):
         self.transport.write(head.encode() + body)
 
     def _head(self) -> bytes:
-        return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nserver-timing: gateway;dur=0.5, queue;dur=0\r\n\r\n"
+        return (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
+            b"server-timing: gateway;dur=0.5, queue;dur=0\r\n\r\n"
+        )
 
     def _play(self, steps: Iterator[Step], ask: Ask) -> None:
-        """Every step at its time after the arrival of the request, stamped right before its write."""
-        started = self.loop.time()
+        """Every step at its time after the arrival of the request, in their order, stamped right before its write."""
         stamps = self.truth.stamps.setdefault(self.headers.get("x-tidegauge-request", "?"), {})
-        stamps.update(received=time.monotonic_ns(), body=ask.body, headers=self.headers, raw_bytes=len(self.body))
+        stamps.update(received=time.monotonic_ns(), body=ask.body, headers=self.headers)
         self.transport.write(self._head())
-        steps = list(steps)
-        ends = steps[-1]
-        for step in steps:
-            send = partial(self._send, step, stamps, step is ends)
-            self.pending.append(self.loop.call_at(started + step.at_ms / 1e3, send))
+        self._advance(self.loop.time(), list(steps), 0, stamps)
 
-    def _send(self, step: Step, stamps: dict[str, Any], ends: bool) -> None:
+    def _advance(self, started: float, steps: list[Step], at: int, stamps: dict[str, Any]) -> None:
+        while at < len(steps):
+            due = started + steps[at].at_ms / 1e3
+            if due > self.loop.time():
+                self.pending = self.loop.call_at(due, self._advance, started, steps, at, stamps)
+                return
+            self._send(steps[at], stamps, ends=at == len(steps) - 1)
+            at += 1
+
+    def _send(self, step: Step, stamps: dict[str, Any], *, ends: bool) -> None:
         for mark in step.mark.split():
             stamps[mark] = time.monotonic_ns()
         if step.data is None:
