@@ -213,8 +213,8 @@ class StandIn:
             step_ns = self.engine.next_step_ns()
             due_ns = self._front[0].due_ns if self._front else None
             if step_ns is not None and step_ns <= now_ns and (due_ns is None or step_ns <= due_ns):
+                self.metrics.lateness.observe((now_ns - step_ns) / 1e9)
                 self._step(step_ns)
-                self.metrics.lateness.observe((time.monotonic_ns() - step_ns) / 1e9)
             elif due_ns is not None and due_ns <= now_ns:
                 self._submit(self._front.popleft())
             else:

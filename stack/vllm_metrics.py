@@ -26,7 +26,7 @@ _ITL_S: Final = (
 _REQUEST_S: Final = (  # starts at 0.3 s, as vLLM's does: shorter queueing is invisible in it
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
-_LATENESS_S: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+_LATENESS_S: Final = tuple(step * 10.0**power for power in range(-5, 0) for step in (1, 1.5, 2, 3, 5, 7))  # 10 us to 0.7 s
 
 
 def _one_two_five(last: int) -> tuple[float, ...]:
