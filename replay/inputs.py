@@ -52,12 +52,16 @@ def _checksum(effects: list[Effect]) -> int:
 
 
 class LoggedFleet:
-    """A Fleet whose every input goes to ``write`` as it is made: same methods, same effects."""
+    """A Fleet whose inputs go to ``write``: same methods, same effects.
+
+    They are encoded by ``log``, which the driver calls once it has carried out the effects: a dispatch does not wait for its log.
+    """
 
     def __init__(self, policy: spec.PolicySpec, seed: int, write: Callable[[bytes], object]) -> None:
         self.fleet = Fleet(spec.build(policy, seed))
         self._write = write
         self._effects: list[Effect] = []
+        self._unwritten: list[tuple[int, int, list[Effect], tuple[Any, ...]]] = []
         self._methods = [getattr(self.fleet, name) for name in INPUTS]
         write(header(policy, seed))
 
@@ -65,8 +69,14 @@ class LoggedFleet:
         self._methods[code](now_ns, *arguments)
         effects = self.fleet.drain()
         self._effects += effects
-        frame = _encoder.encode((code, now_ns, _checksum(effects), *arguments))
-        self._write(_LENGTH.pack(len(frame)) + frame)
+        self._unwritten.append((code, now_ns, effects, arguments))
+
+    def log(self) -> None:
+        """Encode and write the inputs since the last call."""
+        for code, now_ns, effects, arguments in self._unwritten:
+            frame = _encoder.encode((code, now_ns, _checksum(effects), *arguments))
+            self._write(_LENGTH.pack(len(frame)) + frame)
+        self._unwritten.clear()
 
     def start(self, now_ns: int) -> None:
         self._input(0, now_ns)

@@ -234,6 +234,7 @@ class Gateway:
     def _carry_out(self) -> None:
         for effect in self.fleet.drain():
             self._carry[type(effect)](effect)
+        self.fleet.log()
         self._arm()
 
     def _dispatch(self, effect: Dispatch) -> None:

@@ -187,6 +187,7 @@ class _Connection(asyncio.Protocol):
         self.pending: deque[Exchange] = deque()
         self.refusal: _RefusedError | None = None  # answered once the requests before it are
         self.in_headers = self.in_body = False
+        self.version = ""
         self.deadline = 0.0
         self.read_at_ns = 0
         self._reset()
@@ -231,8 +232,10 @@ class _Connection(asyncio.Protocol):
         self.read_at_ns = time.monotonic_ns()
         try:
             self.parser.feed_data(data)
-            if self.in_headers:
-                self._count_header(len(data))
+            if self.in_headers:  # they go on in the next read; those that are whole are counted when they are complete
+                self.header_bytes += len(data)
+                if self.header_bytes > self.server.limits.header_bytes:
+                    raise _too_long(self.server.limits)
         except _RefusedError as refusal:
             self.refusal = refusal
         except httptools.HttpParserUpgrade:
@@ -258,25 +261,18 @@ class _Connection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         self.target += url  # comes in pieces where the line is split across reads
         if len(self.target) > self.server.limits.header_bytes:
-            raise _RefusedError(431, "the request line is too long")
+            raise _too_long(self.server.limits)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_headers:
-            return  # trailers of a chunked body are dropped: merging them is a smuggling form
-        self._count_header(len(name) + len(value) + 4)
-        self.headers.append((name.lower(), value))
-
-    def _count_header(self, size: int) -> None:
-        # Counted twice where a header ends in a later read than it began: the limit is met a little early, never late.
-        self.header_bytes += size
-        if self.header_bytes > self.server.limits.header_bytes:
-            raise _RefusedError(431, f"headers above {self.server.limits.header_bytes} bytes")
+        if self.in_headers:  # trailers of a chunked body are dropped: merging them is a smuggling form
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self.in_headers, self.in_body = False, True
         if self.active is None:
             self.deadline = self.server.loop.time() + self.server.limits.body_s
-        expects = _check_framing(self.parser.get_http_version(), self.headers, self.server.limits.body_bytes)
+        self.version = self.parser.get_http_version()
+        expects = _check_headers(self.version, self.headers, self.server.limits)
         if expects and self.active is None and not self.pending:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -293,7 +289,7 @@ class _Connection(asyncio.Protocol):
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
         exchange = Exchange(
             self, self.parser.get_method(), self.target, self.headers, body, received_at_ns=self.read_at_ns,
-            chunked=self.parser.get_http_version() == "1.1",
+            chunked=self.version == "1.1",
             keep_alive=self.parser.should_keep_alive() and not self.server.draining,
         )  # fmt: skip
         self.pending.append(exchange)
@@ -368,12 +364,20 @@ class _Connection(asyncio.Protocol):
             self.transport.close()
 
 
-def _check_framing(version: str, headers: HeaderList, body_limit: int) -> bool:
-    """Refuse what two servers could frame differently (RFC 9112 3.2, 6.3). True: the client waits for 100 Continue."""
+def _too_long(limits: Limits) -> _RefusedError:
+    return _RefusedError(431, f"request line or headers above {limits.header_bytes} bytes")
+
+
+def _check_headers(version: str, headers: HeaderList, limits: Limits) -> bool:
+    """Refuse what is too long, and what two servers could frame differently (RFC 9112 3.2, 6.3).
+
+    True: the client waits for 100 Continue.
+    """
     if version not in ("1.1", "1.0"):
         raise _RefusedError(505, f"HTTP/{version} is not spoken here")
-    hosts, expects = 0, False
+    hosts, expects, size = 0, False, 0
     for name, value in headers:
+        size += len(name) + len(value) + 4
         if name == b"host":
             hosts += 1
         elif name == b"transfer-encoding":
@@ -381,10 +385,12 @@ def _check_framing(version: str, headers: HeaderList, body_limit: int) -> bool:
                 raise _RefusedError(400, "transfer-encoding in HTTP/1.0")
             if value.strip().lower() != b"chunked":
                 raise _RefusedError(501, "the only transfer-encoding understood is chunked")
-        elif name == b"content-length" and int(value) > body_limit:
-            raise _RefusedError(413, f"body above {body_limit} bytes")
+        elif name == b"content-length" and int(value) > limits.body_bytes:
+            raise _RefusedError(413, f"body above {limits.body_bytes} bytes")
         elif name == b"expect":
             expects = value.lower() == b"100-continue"
+    if size > limits.header_bytes:
+        raise _too_long(limits)
     if hosts > 1 or (hosts == 0 and version == "1.1"):
         raise _RefusedError(400, "exactly one host header is needed")
     return expects

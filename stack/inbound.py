@@ -44,17 +44,6 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class _Body(msgspec.Struct):
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    messages: msgspec.Raw = msgspec.Raw(b"")
-    prompt: msgspec.Raw = msgspec.Raw(b"")
-    tools: msgspec.Raw = msgspec.Raw(b"")
-
-
 class _Part(msgspec.Struct):
     text: str = ""
 
@@ -63,9 +52,29 @@ class _Message(msgspec.Struct):
     content: str | list[_Part] | None = None
 
 
+class _Controls(msgspec.Struct):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    tools: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Body(_Controls):
+    messages: list[_Message] | None = None
+    prompt: str | list[str] | None = None
+
+
+class _UnusualBody(_Controls):
+    """Token ids for a prompt, content of a new kind: not for a gateway to judge."""
+
+    messages: msgspec.Raw = msgspec.Raw(b"")
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+
+
 _BODY: Final = msgspec.json.Decoder(_Body)
-_MESSAGES: Final = msgspec.json.Decoder(list[_Message])
-_PROMPT: Final = msgspec.json.Decoder(str | list[str])
+_UNUSUAL_BODY: Final = msgspec.json.Decoder(_UnusualBody)
 _RAW_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -121,11 +130,7 @@ def read(exchange: Exchange, tenants: Tenants, upstream_key: str | None) -> Inbo
     """Everything the gateway wants to know of a completion request; RefusedError says why it cannot be served."""
     tenant = tenants.of(exchange)
     named = dict(reversed(exchange.headers))  # of a repeated header, the first
-    try:
-        body = _BODY.decode(exchange.body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RefusedError(400, f"the body is no request: {error}", "invalid_json") from error
-    text = _prompt_text(body)
+    body, text = _decoded(exchange.body)
     asked = body.stream_options is not None and bool(body.stream_options.include_usage)
     strip = bool(body.stream) and not asked
     trace, parent = _trace_context(named.get(b"traceparent"))
@@ -164,23 +169,22 @@ def _number(named: dict[bytes, bytes], name: bytes) -> int | None:
     return int(value)
 
 
-def _prompt_text(body: _Body) -> bytes:
-    """The text that the engine will read, as far as it matters for sizes and shared prefixes: tools, then messages or prompt.
-
-    Where the shape is unusual (token ids, content of another kind), the JSON itself stands for the text.
-    """
-    raw, decoder = (body.messages, _MESSAGES) if body.messages else (body.prompt, _PROMPT)
-    if not raw:
-        return bytes(body.tools)
+def _decoded(raw: bytes) -> tuple[_Controls, bytes]:
+    """The body's fields, and the text that the engine will read as far as it matters for sizes and shared prefixes: tools, then
+    messages or prompt. Where their shape is unusual, their JSON stands for the text."""
     try:
-        decoded = decoder.decode(raw)
-    except msgspec.ValidationError:
-        return bytes(body.tools) + bytes(raw)
-    if isinstance(decoded, str):
-        text = decoded
+        try:
+            body = _BODY.decode(raw)
+        except msgspec.ValidationError:
+            unusual = _UNUSUAL_BODY.decode(raw)
+            return unusual, bytes(unusual.tools) + bytes(unusual.messages or unusual.prompt)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RefusedError(400, f"the body is no request: {error}", "invalid_json") from error
+    if body.messages is not None:
+        text = "\n".join(map(_message_text, body.messages))
     else:
-        text = "\n".join(part if isinstance(part, str) else _message_text(part) for part in decoded)
-    return bytes(body.tools) + text.encode("utf-8", "surrogatepass")
+        text = body.prompt if isinstance(body.prompt, str) else "\n".join(body.prompt or ())
+    return body, bytes(body.tools) + text.encode("utf-8", "surrogatepass")
 
 
 def _message_text(message: _Message) -> str:
