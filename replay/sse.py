@@ -111,7 +111,7 @@ def last_usage(lines: bytes) -> Usage:
 def error_message(text: bytes) -> str:
     """The message of an OpenAI-shaped error object, in one line; "" where there is none."""
     event = _decode(text)
-    if event is None or event.error == b"null":
+    if event is None or bytes(event.error) == b"null":
         return ""
     try:
         found = msgspec.json.decode(event.error, type=_Error | str)
