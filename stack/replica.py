@@ -14,6 +14,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 import time
 import uuid
 from collections import deque
@@ -286,17 +287,29 @@ class StandIn:
 
 
 async def run(spec: FleetSpec, config: ReplicaConfig, listening: Callable[[int], None]) -> None:
-    """Serve until SIGTERM or SIGINT. ``listening(port)`` is called once the socket is bound."""
+    """Serve until SIGTERM or SIGINT. ``listening(port)`` is called once the socket is bound.
+
+    Raises SystemExit(1) after an error in the engine's loop: a dead replica is noticed, one that stands still is not.
+    """
+    loop, stop, failures = asyncio.get_running_loop(), asyncio.Event(), []
+
+    def failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        failures.append(context)
+        stop.set()
+
     stand_in = StandIn(spec, config)
     server: Server = await serve(stand_in.handle, config.host, config.port)
-    stop = asyncio.Event()
+    loop.set_exception_handler(failed)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     listening(server.port)
     starting = asyncio.create_task(stand_in.start_cold())
     await stop.wait()
     starting.cancel()
     server.close()
+    if failures:
+        sys.exit(1)
 
 
 def main() -> None:

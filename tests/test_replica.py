@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 import subprocess
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import httptools
 import openai
 import pytest
+import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from replay.engine import FRONT_END_NS, Engine
@@ -259,3 +261,29 @@ def test_answers_are_well_formed_http(url: str) -> None:
         return seen
 
     assert asyncio.run(story()).complete
+
+
+def test_clients_that_come_and_go_at_random_disturb_nobody(url: str) -> None:
+    """Eighty requests on eight places, every other one abandoned somewhere between its first byte and its last token."""
+    chance = random.Random(7)
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(chance.random())
+        output = chance.randint(1, 40)
+        task = asyncio.create_task(stream(url, chance.randint(1, 3000), output))
+        if number % 2:
+            await asyncio.sleep(chance.random() * 0.4)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            _, *tokens = await task
+            assert len(tokens) == output
+
+    async def story() -> None:
+        await asyncio.gather(*(one(number) for number in range(80)))
+
+    uvloop.run(asyncio.wait_for(story(), 30))
+    while metric(url, "vllm:num_requests_running"):
+        pass
+    assert metric(url, "vllm:num_requests_waiting") == 0
+    assert metric(url, "vllm:kv_cache_usage_perc") == 0
