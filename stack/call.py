@@ -12,7 +12,7 @@ from replay import sse, wire
 from replay.fleet import Dispatch, Reject, Shed
 from replay.records import CANCELLED, ERROR, LIMITED, NS_PER_S, OK, SHED, Outcome, span_id, trace_id
 from stack import inbound
-from stack.httpd import Exchange, HeaderList, error_body
+from stack.exchange import Exchange, HeaderList, error_body
 from stack.streams import Relay
 from stack.upstream import Address, Pending
 

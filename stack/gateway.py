@@ -32,16 +32,17 @@ from replay.sse import TokenFinder, Usage
 from stack import inbound
 from stack.call import Call
 from stack.config import GatewayConfig, url
-from stack.httpd import Exchange, Server, serve
+from stack.exchange import Exchange
+from stack.httpd import Server, serve
 from stack.ledger import FLUSH_S, Ledger, RecorderProcess
-from stack.pool import Pool, PoolRefused, make_pool
+from stack.pool import Pool, make_pool
 from stack.relay import relay_get
+from stack.replicas import Replicas
 from stack.upstream import Address, Upstreams
 
 log = logging.getLogger(__name__)
 
 STATE_S: Final = 1.0
-START_RETRY_S: Final = 5.0  # after a pool failed in a way it did not expect itself
 COMPLETIONS: Final = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -49,7 +50,7 @@ class Gateway:
     """One gateway: ``start``, then requests arrive; ``stop`` ends it. ``pool`` starts and stops the replicas."""
 
     def __init__(self, config: GatewayConfig, pool: Pool) -> None:
-        self.config, self.pool = config, pool
+        self.config = config
         self.origin_ns, self.started_at_unix_ns = time.monotonic_ns(), time.time_ns()
         self.run_id = config.id or f"gateway-{self.started_at_unix_ns:x}"
         cost = price(config.fleet)
@@ -64,14 +65,12 @@ class Gateway:
         self.upstream_key = os.environ.get(config.fleet.api_key_env) if config.fleet.api_key_env else None
         self.finder, self.ratio = TokenFinder(), TokenRatio()
         self.calls: dict[int, Call] = {}
-        self.addresses: dict[int, Address] = {}
+        self.replicas = Replicas(self, pool)
         self.refused = 0  # before they entered the fleet: bad JSON, unknown key
         self.stopping = False
         self.server: Server | None = None
         self._loop = asyncio.get_running_loop()
         self._next_id = 0
-        self._starts: dict[int, asyncio.Task[None]] = {}
-        self._stops: set[asyncio.Task[None]] = set()
         self._emptied = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
@@ -79,7 +78,7 @@ class Gateway:
         self._next_state_ns = 0
         self._carry: dict[type, Callable[[Any], None]] = {
             Dispatch: self._dispatch, Reject: self._refuse, Shed: self._refuse, Abort: self._abort,
-            StartReplica: self._start_replica, StopReplica: self._stop_replica, DrainReplica: self._members_changed,
+            StartReplica: self.replicas.start, StopReplica: self.replicas.stop, DrainReplica: self.write_state,
         }  # fmt: skip
 
     def now_ns(self) -> int:
@@ -93,9 +92,8 @@ class Gateway:
         if self.config.recorder:
             self.ledger.flush()
             await self.recorder.start(self.config.run_dir)
-        self.pool.on_death = self._replica_died
         self.fleet.start(self.now_ns())
-        self._carry_out()
+        self.carry_out()
         self._flush()
 
     async def stop(self) -> None:
@@ -114,12 +112,7 @@ class Gateway:
         for handle in (self._timer, self._flusher):
             if handle is not None:
                 handle.cancel()
-        for task in self._starts.values():
-            task.cancel()
-        await asyncio.gather(*self._starts.values(), *self._stops, return_exceptions=True)
-        await self.pool.close()
-        for replica_id in sorted(self.ledger.billed):
-            self.ledger.replica_stopped(self.now_ns(), replica_id, "end of the run")
+        await self.replicas.close()
         await asyncio.sleep(0)  # the last answers leave before their connections close
         self.server.close()
         self.upstreams.close()
@@ -192,7 +185,7 @@ class Gateway:
             output_cap=request.output_cap,
         )  # fmt: skip
         self.fleet.arrive(self.now_ns(), seen)
-        self._carry_out()
+        self.carry_out()
 
     def _number(self, wanted: int | None) -> int:
         """The request's number in the fleet: our load generator's own where it is free, so that log and rows name the same."""
@@ -207,21 +200,21 @@ class Gateway:
 
     def first_token(self, call: Call) -> None:
         self.fleet.first_token(self.now_ns(), call.request_id)
-        self._carry_out()
+        self.carry_out()
 
     def finished(self, call: Call, usage: Usage) -> None:
         if usage.prompt_tokens > 0:
             self.ratio.observe(call.inbound.prompt_bytes, usage.prompt_tokens)
         self.fleet.finish(self.now_ns(), call.request_id, max(usage.prompt_tokens, 0), max(usage.output_tokens, 0))
-        self._carry_out()
+        self.carry_out()
 
     def failed(self, call: Call, kind: str, *, tokens_out: int) -> None:
         self.fleet.fail(self.now_ns(), call.request_id, kind, tokens_out)
-        self._carry_out()
+        self.carry_out()
 
     def cancelled(self, call: Call) -> None:
         self.fleet.cancel(self.now_ns(), call.request_id)
-        self._carry_out()
+        self.carry_out()
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         del self.calls[call.request_id]
@@ -231,14 +224,14 @@ class Gateway:
 
     # --- effects
 
-    def _carry_out(self) -> None:
+    def carry_out(self) -> None:
         for effect in self.fleet.drain():
             self._carry[type(effect)](effect)
         self.fleet.log()
         self._arm()
 
     def _dispatch(self, effect: Dispatch) -> None:
-        self.calls[effect.request_id].dispatch(effect, self.addresses[effect.replica_id])
+        self.calls[effect.request_id].dispatch(effect, self.replicas.addresses[effect.replica_id])
 
     def _refuse(self, effect: Reject | Shed) -> None:
         self.calls[effect.request_id].refuse(effect)
@@ -246,50 +239,9 @@ class Gateway:
     def _abort(self, effect: Abort) -> None:
         self.calls[effect.request_id].abort(effect.why)
 
-    def _start_replica(self, effect: StartReplica) -> None:
-        self.ledger.replica_requested(self.now_ns(), effect.replica_id, effect.pool)
-        self._members_changed(effect)
-        task = self._loop.create_task(self._bring_up(effect.replica_id, effect.rung))
-        self._starts[effect.replica_id] = task
-        task.add_done_callback(lambda _: self._starts.pop(effect.replica_id, None))
-
-    async def _bring_up(self, replica_id: int, rung: str | None) -> None:
-        try:
-            address = await self.pool.start(replica_id, rung)
-        except PoolRefused as refusal:
-            self.fleet.replica_refused(self.now_ns(), replica_id, refusal.reason, round(refusal.retry_s * NS_PER_S))
-        except Exception as error:  # whatever it was, the fleet must learn that this replica will not come
-            log.exception("replica %d could not be started", replica_id)
-            self.fleet.replica_refused(self.now_ns(), replica_id, f"start failed: {error}", round(START_RETRY_S * NS_PER_S))
-        else:
-            self.addresses[replica_id] = address
-            self.ledger.replica_ready(self.now_ns(), replica_id)
-            self.fleet.replica_ready(self.now_ns(), replica_id)
-        self._carry_out()
-        self._write_state()
-
-    def _stop_replica(self, effect: StopReplica) -> None:
-        self.ledger.replica_stopped(self.now_ns(), effect.replica_id, effect.reason)
-        self._members_changed(effect)
-        address = self.addresses.pop(effect.replica_id, None)
-        if address is not None:
-            self.upstreams.forget(address)
-        start = self._starts.get(effect.replica_id)
-        if start is not None and start is not asyncio.current_task():
-            start.cancel()
-        task = self._loop.create_task(self.pool.stop(effect.replica_id))
-        self._stops.add(task)
-        task.add_done_callback(self._stops.discard)
-
-    def _replica_died(self, replica_id: int, reason: str) -> None:
-        """A replica's process ended by itself: it leaves the fleet first, so that no retry goes there, then its streams fail."""
-        self.fleet.replica_gone(self.now_ns(), replica_id, reason)
-        self._carry_out()
-        for call in [call for call in self.calls.values() if call.in_flight and call.replica_id == replica_id]:
-            call.lost(reason)
-
-    def _members_changed(self, _effect: object) -> None:
-        self._loop.call_soon(self._write_state)  # after the other effects of the same input
+    def write_state(self, _effect: object = None) -> None:
+        """A sample of the time line, once the other effects of the same input are carried out too."""
+        self._loop.call_soon(self._sample)
 
     # --- time
 
@@ -308,18 +260,18 @@ class Gateway:
         now_ns, wake_ns = self.now_ns(), self.fleet.next_wake_ns()
         if wake_ns is not None and now_ns >= wake_ns:
             self.fleet.wake(now_ns)
-            self._carry_out()
+            self.carry_out()
         else:
             self._arm()
 
     def _flush(self) -> None:
         if self.now_ns() >= self._next_state_ns:
-            self._write_state()
+            self._sample()
             self._next_state_ns = self.now_ns() + round(STATE_S * NS_PER_S)
         self.ledger.flush()
         self._flusher = self._loop.call_later(FLUSH_S, self._flush)
 
-    def _write_state(self) -> None:
+    def _sample(self) -> None:
         self.ledger.state(self.fleet.fleet.state(self.now_ns(), self.ledger.usd_per_hour))
 
     # --- the operator's side
@@ -365,7 +317,7 @@ class Gateway:
         except inbound.RefusedError as error:
             exchange.error(error.status, str(error), code=error.code)
             return
-        address = next(iter(self.addresses.values()), None)
+        address = next(iter(self.replicas.addresses.values()), None)
         if address is None:
             exchange.error(503, "no replica is ready", code="no_replica", headers=[(b"retry-after", b"1")])
         else:

@@ -8,27 +8,26 @@ checked here), every size and every wait has a limit, and a refusal speaks OpenA
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from http import HTTPStatus
+from collections.abc import Callable
 from typing import Final, NamedTuple, cast
 
 import httptools
 
+from stack.exchange import Exchange, HeaderList, answer_head, error_body
+
+__all__ = ["Exchange", "Handler", "Limits", "Server", "serve"]
+
 log = logging.getLogger(__name__)
 
-HeaderList = list[tuple[bytes, bytes]]
-Headers = Iterable[tuple[bytes, bytes]]
-Handler = Callable[["Exchange"], None]
+Handler = Callable[[Exchange], None]
 
 BACKLOG: Final = 4096  # a burst of connects must not wait for SYN retries (1 s each); the kernel caps it at somaxconn
 SWEEP_S: Final = 0.25  # how often deadlines are looked at: one timer for all connections instead of two per request
 PIPELINE_MAX: Final = 64  # requests that one connection may send ahead of their answers
-CHUNK_END: Final = b"0\r\n\r\n"
 
 
 class Limits(NamedTuple):
@@ -40,131 +39,6 @@ class Limits(NamedTuple):
     body_s: float = 60.0  # from there to its last byte
     idle_s: float = 300.0  # between requests
     write_s: float = 60.0  # a client that takes nothing for so long is gone
-
-
-STATUS_LINES: Final = {s.value: b"HTTP/1.1 %d %s\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
-
-# OpenAI's own `type` by status; anything else is a server_error.
-_ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
-
-def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> bytes:
-    """An error as OpenAI's API words it, so that its client libraries raise the right exception."""
-    kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return json.dumps({"error": {"message": message, "type": kind, "code": code, "param": param}}).encode()
-
-
-class Exchange:
-    """One request and its answer. After the client has left, writing is harmless and does nothing.
-
-    ``on_gone()`` is called when the client leaves before its answer is complete; ``on_flow(may_write)`` when its socket
-    falls behind (False) and catches up (True).
-    """
-
-    __slots__ = (
-        "_chunked", "_conn", "_head", "body", "headers", "keep_alive", "method", "on_flow", "on_gone",
-        "received_at_ns", "started", "target",
-    )  # fmt: skip
-
-    def __init__(
-        self, conn: _Connection, method: bytes, target: bytes, headers: HeaderList, body: bytes, *,
-        chunked: bool, keep_alive: bool, received_at_ns: int,
-    ) -> None:  # fmt: skip
-        self._conn: _Connection | None = conn
-        self.method, self.target, self.headers, self.body = method, target, headers, body
-        self.received_at_ns = received_at_ns  # time.monotonic_ns() when the read that brought the last byte began
-        self.keep_alive = keep_alive
-        self._chunked = chunked  # an HTTP/1.0 client gets a body that ends with the connection
-        self._head: bytes | None = None  # made, not sent yet
-        self.started = False
-        self.on_gone: Callable[[], None] | None = None
-        self.on_flow: Callable[[bool], None] | None = None
-
-    @property
-    def path(self) -> str:
-        """The target without its query."""
-        return self.target.partition(b"?")[0].decode("latin-1")
-
-    @property
-    def open(self) -> bool:
-        """The client is there and its answer is not complete."""
-        return self._conn is not None
-
-    def get(self, name: bytes) -> bytes | None:
-        """The first header of that (lower-case) name."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
-
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """The whole answer, in one write."""
-        conn = self._finish()
-        if conn is not None:
-            head = _head(status, headers, b"content-length: %d\r\n" % len(body), self.keep_alive)
-            conn.transport.write(head if self.method == b"HEAD" else head + body)
-            conn.answered(self.keep_alive)
-
-    def error(self, status: int, message: str, *, code: str | None = None, headers: Headers = ()) -> None:
-        """A refusal in OpenAI's shape."""
-        self.respond(status, [(b"content-type", b"application/json"), *headers], error_body(status, message, code=code))
-
-    def start(self, status: int, headers: Headers) -> None:
-        """Begin an answer of unknown length. The head leaves with the first ``write``, or with ``flush``."""
-        if self._chunked:
-            framing = b"transfer-encoding: chunked\r\n"
-        else:
-            framing, self.keep_alive = b"", False
-        self._head = _head(status, headers, framing, self.keep_alive)
-        self.started = True
-
-    def flush(self) -> None:
-        """Send a head that is still held back."""
-        if self._head is not None and self._conn is not None:
-            self._conn.transport.write(self._head)
-            self._head = None
-
-    def write(self, data: bytes) -> None:
-        """One piece of the body: one chunk, one write."""
-        conn = self._conn
-        if conn is None or not data or self.method == b"HEAD":
-            return
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        if self._head is not None:
-            data, self._head = self._head + data, None
-        conn.transport.write(data)
-
-    def end(self, data: bytes = b"") -> None:
-        """The last piece of the body and its end, in one write."""
-        conn = self._finish()
-        if conn is None:
-            return
-        if self.method == b"HEAD":
-            data = b""
-        elif self._chunked:
-            data = b"%x\r\n%b\r\n%b" % (len(data), data, CHUNK_END) if data else CHUNK_END
-        if self._head is not None:
-            data, self._head = self._head + data, None
-        conn.transport.write(data)
-        conn.answered(self.keep_alive)
-
-    def break_off(self) -> None:
-        """Close the connection without a proper end, so that no client takes half an answer for a whole one."""
-        self.flush()
-        conn = self._finish()
-        if conn is not None:
-            conn.answered(False)
-
-    def _finish(self) -> _Connection | None:
-        conn, self._conn = self._conn, None
-        self.on_gone = self.on_flow = None
-        return conn
-
-
-def _head(status: int, headers: Headers, framing: bytes, keep_alive: bool) -> bytes:
-    fields = [b"%b: %b\r\n" % field for field in headers]
-    return b"".join((STATUS_LINES[status], *fields, framing, b"\r\n" if keep_alive else b"connection: close\r\n\r\n"))
 
 
 class _RefusedError(Exception):
@@ -212,7 +86,7 @@ class _Connection(asyncio.Protocol):
         self.pending.clear()
         if exchange is not None:
             gone = exchange.on_gone
-            exchange._finish()
+            exchange.detach()
             if gone is not None:
                 gone()
 
@@ -314,7 +188,7 @@ class _Connection(asyncio.Protocol):
             elif self.refusal is not None:
                 body = error_body(self.refusal.status, str(self.refusal))
                 framing = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
-                self.transport.write(_head(self.refusal.status, (), framing, keep_alive=False) + body)
+                self.transport.write(answer_head(self.refusal.status, (), framing, keep_alive=False) + body)
                 self._close_soon()
                 return
             else:

@@ -14,7 +14,7 @@ import msgspec
 
 from replay import wire
 from replay.requests import PREFIX_BLOCK_BYTES, block_hashes
-from stack.httpd import Exchange, HeaderList
+from stack.exchange import Exchange, HeaderList
 
 # Not forwarded: what belongs to one connection (RFC 9110 7.6.1), what the gateway makes anew, and accept-encoding, since a
 # compressed stream could be neither searched nor timed.
@@ -29,7 +29,7 @@ _NOT_RETURNED: Final = frozenset(
 )  # fmt: skip
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 HASHED_BYTES_MAX: Final = 512 * PREFIX_BLOCK_BYTES  # 1 MiB of text, about 256k tokens: the longest context there is to share
-TEXT_MAX: Final = 256  # of a header value that becomes a name (tenant, session): what hostile ones may cost
+TEXT_MAX: Final = 256  # of a header value that becomes a name (tenant, session, request id): what hostile ones may cost
 
 
 class RefusedError(Exception):
@@ -152,7 +152,7 @@ def read(exchange: Exchange, tenants: Tenants, upstream_key: str | None) -> Inbo
         run_request=_number(named, wire.H_REQUEST),
         trace=trace,
         parent_span=parent,
-        request_id=named.get(wire.H_REQUEST_ID, b""),
+        request_id=named.get(wire.H_REQUEST_ID, b"")[:TEXT_MAX],
     )
 
 

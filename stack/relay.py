@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from stack.httpd import Exchange, HeaderList
+from stack.exchange import Exchange, HeaderList
 from stack.inbound import returned
 from stack.upstream import Address, Upstreams
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Protocol, cast
 
 import httptools
 
-from stack.httpd import HeaderList
+from stack.exchange import HeaderList
 
 IDLE_MAX_S: Final = 60.0  # an engine closes idle connections itself (uvicorn after 5 s); ours go at the latest then
 HEADER_BYTES_MAX: Final = 256 * 1024
@@ -76,11 +76,15 @@ class Pending:
 
     def flow(self, may_read: bool) -> None:
         """Stop or go on reading: the client's socket is full, or has room again."""
-        if self._connection is not None and not self._connection.transport.is_closing():
-            if may_read:
-                self._connection.transport.resume_reading()
-            else:
-                self._connection.transport.pause_reading()
+        connection = self._connection
+        if connection is None or connection.transport.is_closing():
+            return
+        connection.paused = not may_read
+        if may_read:
+            connection.active_at = connection.upstreams.loop.time()  # its silence was ours
+            connection.transport.resume_reading()
+        else:
+            connection.transport.pause_reading()
 
 
 class Upstreams:
@@ -170,7 +174,7 @@ class _Connection(asyncio.Protocol):
 
     def begin(self, pending: Pending, *, reused: bool) -> None:
         self.pending, pending._connection, pending._task = pending, self, None
-        self.reused = reused
+        self.reused, self.paused = reused, False
         if reused:
             self._begin_answer()
         self.active_at = self.upstreams.loop.time()

@@ -162,7 +162,7 @@ async def gateway_of(
     rig = Rig(gateway, pool, config_checked.run_dir)
     try:
         if ready:
-            await until(lambda: len(gateway.addresses) >= config_checked.policy.replicas.min)
+            await until(lambda: len(gateway.replicas.addresses) >= config_checked.policy.replicas.min)
         yield rig
     finally:
         await gateway.stop()

@@ -31,12 +31,12 @@ async def test_ready_once_the_smallest_fleet_is(tmp_path: Path) -> None:
 
     slow.start = cold_start  # type: ignore[method-assign, assignment]
     async with gateway_of(tmp_path, fast, slow, ready=False) as rig:
-        await until(lambda: rig.gateway.addresses)
+        await until(lambda: rig.gateway.replicas.addresses)
         answer = await ask(rig.port, "/readyz")
         assert answer.status == 503
         assert json.loads(answer.body) == {"ready": 1, "replicas_min": 2, "starting": 1, "wanted": 2, "draining": 0}
         release.set()
-        await until(lambda: len(rig.gateway.addresses) == 2)
+        await until(lambda: len(rig.gateway.replicas.addresses) == 2)
         assert (await ask(rig.port, "/readyz")).status == 200
 
 
