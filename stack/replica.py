@@ -30,7 +30,8 @@ from replay.hardware import BLOCK_TOKENS, FleetSpec, fleet_spec, profile
 from replay.wire import H_REQUEST_ID
 from stack.child import announce, follow_parent
 from stack.completions import Answer, Ask, RequestError
-from stack.httpd import Exchange, Server, serve
+from stack.exchange import Exchange
+from stack.httpd import Server, serve
 from stack.timer import precise_timer
 from stack.vllm_metrics import Phases, VllmMetrics, per_request_metrics
 
