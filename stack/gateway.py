@@ -289,8 +289,9 @@ class Gateway:
 
     def _ready(self) -> tuple[int, dict[str, Any]]:
         state, least = self.fleet.fleet.state(self.now_ns(), 0.0), self.config.policy.replicas.min
-        document = {"ready": state.ready, "replicas_min": least, "starting": state.starting, "wanted": state.wanted}
-        return (200 if state.ready >= least and not self.stopping else 503), {**document, "draining": state.draining}
+        document: dict[str, Any] = {"ready": state.ready, "replicas_min": least, "starting": state.starting, "wanted": state.wanted}
+        document |= {"draining": state.draining, **({"refusal": self.replicas.refusal} if self.replicas.refusal else {})}
+        return (200 if state.ready >= least and not self.stopping else 503), document
 
     def _health(self) -> dict[str, Any]:
         return {

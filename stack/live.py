@@ -32,6 +32,7 @@ from stack.experiment import Arm, Experiment, manifest, versions
 GATEWAY_LISTENS_S: Final = 30.0
 GATEWAY_STOPS_S: Final = 60.0  # its drain included
 READY_BEYOND_COLD_START_S: Final = 60.0
+REFUSED_FOR_S: Final = 10.0  # a fleet that still refuses then (an address that does not answer) will not come
 BYTES_PER_TOKEN: Final = {"stand-in": "4", "llama": "auto", "urls": "auto"}  # the stand-in's tokenizer is bytes / 4
 Progress = Callable[[str, float], None]  # what is going on, share done (0..1)
 
@@ -87,8 +88,8 @@ def _listening(process: subprocess.Popen[bytes], folder: Path) -> dict[str, Any]
 
 def _wait_ready(experiment: Experiment, url: str, progress: Progress) -> dict[str, Any]:
     """Poll /readyz until the smallest fleet is ready; its answer is what says that every arm starts equal."""
-    limit_s, began = experiment.cold_start_s + READY_BEYOND_COLD_START_S, time.monotonic()
-    answer: dict[str, Any] = {}
+    began, answer = time.monotonic(), dict[str, Any]()
+    limit_s = experiment.cold_start_s + READY_BEYOND_COLD_START_S
     while (waited_s := time.monotonic() - began) < limit_s:
         try:
             with urllib.request.urlopen(url + "/readyz", timeout=5) as response:  # noqa: S310 (our own gateway)
@@ -96,12 +97,14 @@ def _wait_ready(experiment: Experiment, url: str, progress: Progress) -> dict[st
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read() or b"{}")
         except OSError as error:
-            raise InputError(
-                f"the gateway went away while its fleet started: {error}", fix="see gateway.log in the arm's folder"
-            ) from error
-        progress("waiting for the first replicas", min(waited_s / limit_s, 1.0))
+            fix = "see gateway.log in the arm's folder"
+            raise InputError(f"the gateway went away while its fleet started: {error}", fix=fix) from error
+        if "refusal" in answer and waited_s > experiment.cold_start_s + REFUSED_FOR_S:
+            break
+        progress("waiting for the first replicas", waited_s / limit_s)
         time.sleep(0.2)
-    raise InputError(f"no replica was ready after {limit_s:.0f} s: {answer}", fix="see replicas/*.log in the arm's folder")
+    why = answer.get("refusal", f"{answer.get('ready', 0)} of {answer.get('replicas_min', '?')} ready")
+    raise InputError(f"the first replicas did not come within {waited_s:.0f} s: {why}", fix="see gateway.log and gateway/replicas/")
 
 
 def _replay(experiment: Experiment, folder: Path, url: str, progress: Progress, *, planned_s: float) -> None:

@@ -25,6 +25,7 @@ class Replicas:
     def __init__(self, gateway: Gateway, pool: Pool) -> None:
         self.gateway, self.pool = gateway, pool
         self.addresses: dict[int, Address] = {}
+        self.refusal = ""  # why a replica could not be started, the last time one could not
         self._starts: dict[int, asyncio.Task[None]] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -51,6 +52,7 @@ class Replicas:
         try:
             address = await self.pool.start(replica_id, rung)
         except PoolRefused as refusal:
+            self.refusal = refusal.reason
             gateway.fleet.replica_refused(gateway.now_ns(), replica_id, refusal.reason, round(refusal.retry_s * NS_PER_S))
         except Exception as error:  # whatever it was, the fleet must learn that this replica will not come
             log.exception("replica %d could not be started", replica_id)

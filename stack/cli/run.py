@@ -86,6 +86,7 @@ def carry_out(experiment: Experiment, out: Path, *, simulate: bool) -> Path:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupted)
+    experiments.plan(experiment, 0)  # a trace that cannot be read fails here, before anything is written
     folder = experiments.create(experiment, out)
     todo = list(experiments.arms(experiment))
     columns = (

@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from replay import inputs
 from replay.records import PHASES, STATUSES
 from replay.runs import RunDir
+from tests.e2e.processes import NAME, new_mark, none_left
 
 TIDEGAUGE = [sys.executable, "-c", "from stack.cli import main; main()"]
 EXPERIMENT = {
@@ -35,25 +35,14 @@ def tidegauge(*arguments: str, **options: object) -> subprocess.CompletedProcess
     return subprocess.run([*TIDEGAUGE, *arguments], capture_output=True, text=True, timeout=300, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def ours() -> set[int]:
-    """Processes of ours that live right now."""
-    words = ("stack.gateway", "stack.replica", "tracing.recorder", "locust")
-    found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "python" in line and any(word in line for word in words):
-            found.add(process.pid)
-    return found
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "cut.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    before = ours()
-    done = tidegauge("run", str(folder / "cut.yaml"), "--out", str(folder / "runs"))
+    mark = new_mark()
+    done = tidegauge("run", str(folder / "cut.yaml"), "--out", str(folder / "runs"), env={**os.environ, NAME: mark})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ours() <= before, "nothing is left running"
+    assert none_left(mark), "nothing is left running"
     assert "lo-concurrency" in done.stdout
     [experiment] = (folder / "runs").iterdir()
     return experiment
@@ -126,10 +115,9 @@ def test_simulated_it_leaves_the_same_files(run: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_brings_everything_down_and_leaves_a_readable_run(tmp_path: Path) -> None:
     (tmp_path / "cut.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    before = ours()
-    process = subprocess.Popen(
-        [*TIDEGAUGE, "run", str(tmp_path / "cut.yaml"), "--out", str(tmp_path / "runs")], start_new_session=True
-    )
+    mark = new_mark()
+    command = [*TIDEGAUGE, "run", str(tmp_path / "cut.yaml"), "--out", str(tmp_path / "runs")]
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, NAME: mark})
     deadline = time.monotonic() + 60
     spools: list[Path] = []
     while time.monotonic() < deadline and not any(spool.stat().st_size for spool in spools):
@@ -138,7 +126,7 @@ def test_ctrl_c_brings_everything_down_and_leaves_a_readable_run(tmp_path: Path)
         spools = [spool for spool in spools if "gateway" not in spool.parts]
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(120) != 0
-    assert ours() <= before, "nothing is left running"
+    assert none_left(mark), "nothing is left running"
     [arm] = {spool.parent.parent for spool in spools}
     assert len(RunDir.open(arm).outcomes()) > 0
 
