@@ -15,8 +15,9 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from replay.effects import Effect
 from replay.errors import InputError
-from replay.fleet import Effect, Fleet
+from replay.fleet import Fleet
 from replay.policies import spec
 from replay.policies.protocols import Signals
 from replay.requests import Request

@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from replay.effects import Abort, Dispatch, Effect, Reject, Shed, StartReplica, StopReplica
 from replay.engine import FRONT_END_NS, Engine
-from replay.fleet import Abort, Dispatch, Effect, Fleet, Reject, Shed, StartReplica, StopReplica
+from replay.fleet import Fleet
 from replay.hardware import FleetSpec, price
 from replay.policies.protocols import Signals
 from replay.prompts import prefix_hashes_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from replay import sse, wire
-from replay.fleet import Dispatch, Reject, Shed
+from replay.effects import Dispatch, Reject, Shed
 from replay.records import CANCELLED, ERROR, LIMITED, NS_PER_S, OK, SHED, Outcome, span_id, trace_id
 from stack import inbound
 from stack.exchange import Exchange, HeaderList, error_body

@@ -21,8 +21,8 @@ from typing import Any, Final
 
 import uvloop
 
+from replay.effects import Abort, Dispatch, DrainReplica, Reject, Shed, StartReplica, StopReplica
 from replay.errors import InputError
-from replay.fleet import Abort, Dispatch, DrainReplica, Reject, Shed, StartReplica, StopReplica
 from replay.hardware import price
 from replay.inputs import LoggedFleet
 from replay.policies import spec as policies

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
-from replay.fleet import StartReplica, StopReplica
+from replay.effects import StartReplica, StopReplica
 from replay.records import NS_PER_S
 from stack.pool import Pool, PoolRefused
 from stack.upstream import Address

@@ -175,12 +175,12 @@ class _Connection(asyncio.Protocol):
     def begin(self, pending: Pending, *, reused: bool) -> None:
         self.pending, pending._connection, pending._task = pending, self, None
         self.reused, self.paused = reused, False
+        self.transport.write(pending.payload)  # first: all else can be done while the replica reads
+        pending.sink.sent(time.monotonic_ns())
         if reused:
             self._begin_answer()
         self.active_at = self.upstreams.loop.time()
         self.upstreams.busy.add(self)
-        self.transport.write(pending.payload)
-        pending.sink.sent(time.monotonic_ns())
 
     def fail(self, kind: str, detail: str) -> None:
         pending, self.pending = self.pending, None

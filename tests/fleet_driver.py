@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
-from replay.fleet import Abort, Dispatch, Effect, Fleet, Reject, Shed, StartReplica, StopReplica
+from replay.effects import Abort, Dispatch, Effect, Reject, Shed, StartReplica, StopReplica
+from replay.fleet import Fleet
 from replay.policies import spec
 from replay.records import NS_PER_S
 from replay.requests import Request

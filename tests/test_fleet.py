@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.fleet import COLD_START, NO_SLOT, Abort, Dispatch, DrainReplica, Fleet, Reject, Shed, StartReplica, StopReplica
+from replay.effects import COLD_START, NO_SLOT, Abort, Dispatch, DrainReplica, Reject, Shed, StartReplica, StopReplica
+from replay.fleet import Fleet
 from replay.policies import spec
 from replay.records import CANCELLED, ERROR, LIMITED, OK, SHED, STATUSES
 from tests.fleet_driver import S, Story, request

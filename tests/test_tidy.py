@@ -26,7 +26,7 @@ STOREYS = (
     ("replay.errors", "replay.windows"),
     ("replay.records", "replay.wire", "replay.sse", "replay.strict", "replay.slo"),
     ("replay.traces", "replay.requests", "replay.schedule", "replay.prompts", "replay.coldstart", "replay.hardware"),
-    ("replay.policies.protocols",),
+    ("replay.policies.protocols", "replay.effects"),
     tuple(f"replay.policies.{role}" for role in ("balancers", "queues", "limiters", "autoscalers", "costs")),
     ("replay.fleet", "replay.engine"),
     ("replay.policies.spec",),  # builds the Policy that Fleet takes
