@@ -74,7 +74,10 @@ class Leader:
         self._recorder: subprocess.Popen[bytes] | None = None
         self._stopping, self._stop_limit = "", math.inf
         self._server = self._ask_server()
-        self._run = RunDir.create(settings.run_dir, self._manifest(), self.plan)
+        try:
+            self._run = RunDir.create(settings.run_dir, self._manifest(), self.plan)
+        except OSError as error:
+            raise InputError(f"cannot be written: {error}", where=settings.run_dir, fix="another --run-dir, or room on the disk") from error
 
     @property
     def planned_ns(self) -> int:
@@ -214,15 +217,12 @@ class Leader:
         gaps = LogHistogram()
         for worker in figures:
             gaps.merge(worker["gaps"])
+        self._end_recorder()
+        ended = {"at_ns": ended_at_ns, "reason": "; ".join(self.problems) or "complete"}
         try:
             write_atomically(self._run.path / "gaps.json", json.dumps(gaps.as_json()))
-            self._end_recorder()
-            self._run.update_manifest(
-                ended={"at_ns": ended_at_ns, "reason": "; ".join(self.problems) or "complete"},
-                validity=self.validity,
-                notes=self.notes,
-            )
-        except OSError as error:  # the disk is full: the rows that are written stay readable, and it must be said
+            self._run.update_manifest(ended=ended, validity=self.validity, notes=self.notes)
+        except OSError as error:  # a full disk: the rows that are written stay readable, and whoever reads the screen learns why
             self.notes.append(f"the manifest could not be completed: {error}")
         self.lines = list(
             summary(rows, self.validity, run_dir=str(self._run.path), seconds=ended_at_ns / NS_PER_S, notes=self.notes)

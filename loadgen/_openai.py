@@ -253,24 +253,23 @@ class Client:
             self.idle.append(connection)
 
     def _open(self) -> Connection:
-        self.opening += 1
-        try:
-            sock = connect(self.target)
-        finally:
-            self.opening -= 1
+        sock = connect(self.target)
         self.opened += 1
         return Connection(self, sock)
 
     def prepare(self, count: int) -> None:
         """See to it that ``count`` connections are ready or on their way; does not wait for them."""
         for _ in range(count - len(self.idle) - self.opening):
+            self.opening += 1
             gevent.spawn(self._prepare_one)
 
     def _prepare_one(self) -> None:
         try:
             self.idle.append(self._open())
         except OSError:
-            return  # a request that needs one will name the reason
+            pass  # a request that needs one will name the reason
+        finally:
+            self.opening -= 1
 
     def tend(self, now_ns: int, timeout_ns: int) -> None:
         """Close what was idle too long and end what was inside too long; called a few times a second."""

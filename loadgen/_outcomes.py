@@ -158,7 +158,7 @@ def conclude(stream: Stream, clock: Clock, *, model: bytes, tenant: bytes = b"",
         done_at_ns=clock.at(stream.done_ns),
         longest_gap_ns=stream.longest_gap_ns,
         **phases._asdict(),
-        chunks=stream.chunks,
+        chunks=stream.chunks - ending.done,  # [DONE] is an event, but no chunk of the answer
         prompt_tokens=prompt,
         output_tokens=output,
         cached_tokens=cached,

@@ -59,7 +59,7 @@ class Stream:
                 if gap > self.longest_gap_ns:
                     self.longest_gap_ns = gap
             if chunks > 1:
-                shared.gaps.counts[0] += chunks - 1  # read together: no gap between them that a client could see
+                shared.add_read_together(data)
             self.last_token_ns = now_ns
         if b"[DONE]" in data[-24:]:
             self.end_ns = now_ns
@@ -79,6 +79,11 @@ class Shared:
     def __init__(self) -> None:
         self.gaps = LogHistogram()
         self.finder = TokenFinder()
+
+    def add_read_together(self, data: bytes) -> None:
+        """Chunks with tokens beyond the first that came in one read: no gap between them that a client could see."""
+        key = self.finder.spelling
+        self.gaps.counts[0] += max(0, data.count(key) - data.count(key + b'"') - 1)  # the key with an empty value is no token
 
 
 def tokens_of_line(data: bytes, at: int) -> int:

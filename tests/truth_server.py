@@ -7,6 +7,7 @@ clock is CLOCK_MONOTONIC, one for all processes of a machine, so a client's stam
     /v1/chat/completions             the script ``plain``
     /truth                           {"<x-tidegauge-request>": {"received": ns, "first_token": ns, "last_token": ns, "done": ns,
                                      "body": {...}, "headers": {...}}}
+    Options of every script: status=429[,retry=2] refuses, strict=1 answers 400 to forced lengths, unary=1 ignores "stream".
 
 Tokens are counted as: 7 for the chat template, and one for each 4 bytes of the prompt.
 """
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -145,8 +149,9 @@ def split(ask: Ask) -> Iterator[Step]:
     cut = int(ask.number("at", 70))
     for step in plain(ask):
         assert step.data
-        yield Step(step.at_ms, step.data[:cut])
-        yield Step(step.at_ms + 3, step.data[cut:], step.mark)
+        place = min(cut, len(step.data) - 1)
+        yield Step(step.at_ms, step.data[:place])
+        yield Step(step.at_ms + 3, step.data[place:], step.mark)
 
 
 def loose(ask: Ask) -> Iterator[Step]:
@@ -173,12 +178,12 @@ def cut(ask: Ask) -> Iterator[Step]:
 
 
 def reported(ask: Ask) -> Iterator[Step]:
-    """As our gateway ends a stream: the phase comment before [DONE]. 2 ms each in queue and route, the rest by the script."""
+    """As our gateway ends a stream: the phase comment before [DONE]. 2 ms each in queue and route, 10 of network, the rest by the script."""
     yield from tokens(ask, lambda _: event(delta()))
-    ttft, total = ask.number("ttft", 30), end_ms(ask)
+    ttft, total = ask.number("ttft", 30), end_ms(ask) - 10
     phases = [0, 2, -1, 2, ttft - 4, total - ttft, -1]  # limit, queue, cold_start, route, prefill, decode, retry (ms)
     numbers = [time.time_ns(), int(total * 1e6), *(int(p * 1e6) if p >= 0 else -1 for p in phases), 3, 1, 1]
-    yield from tail(ask, total, extra=b": tidegauge " + b" ".join(b"%d" % n for n in numbers) + b"\n\n")
+    yield from tail(ask, end_ms(ask), extra=b": tidegauge " + b" ".join(b"%d" % n for n in numbers) + b"\n\n")
 
 
 def hang(ask: Ask) -> Iterator[Step]:
@@ -249,14 +254,14 @@ class Server(asyncio.Protocol):
             return self._refuse(int(ask.number("status", 500)), ask)
         if "strict" in ask.options and ("min_tokens" in ask.body or "ignore_eos" in ask.body):
             return self._answer(400, {"error": {"message": "Unrecognized request argument supplied: min_tokens"}})
-        if not ask.body.get("stream"):
+        if not ask.body.get("stream") or "unary" in ask.options:
             return self._answer(200, {"choices": [{"message": {"content": "x"}, "text": "x"}], "usage": ask.usage})
         if name == "flood":
             return self._flood(ask)
         return self._play(SCRIPTS[name if name != "v1" else "plain"](ask), ask)
 
     def _refuse(self, status: int, ask: Ask) -> None:
-        headers = "server-timing: gateway;dur=1.5, queue;dur=4\r\n"
+        headers = "server-timing: gateway;dur=0.02, queue;dur=0.05\r\n"
         if "retry" in ask.options:
             headers += f"retry-after: {ask.options['retry']}\r\n"
         self._answer(status, {"error": {"message": "refused by script", "type": "x"}}, headers)
@@ -326,6 +331,25 @@ class Server(asyncio.Protocol):
             if not self.may_write:
                 return
         self.waiting = None
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[str]:
+    """The server as a process; yields its URL."""
+    command = [sys.executable, __file__, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        try:
+            yield f"http://127.0.0.1:{json.loads(process.stdout.readline())['port']}"
+        finally:
+            process.terminate()
+
+
+def stamps_at(url: str) -> dict[str, dict[str, Any]]:
+    """What the server at ``url`` sent when, by request number."""
+    with urllib.request.urlopen(f"{url}/truth") as response:  # noqa: S310 (our own server)
+        found: dict[str, dict[str, Any]] = json.load(response)
+        return found
 
 
 async def serve(port: int) -> None:
