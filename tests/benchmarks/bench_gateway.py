@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import uvloop
@@ -29,7 +29,8 @@ RATE_PER_S, LATENCY_S, ROUNDS = 100, 3.0, 3
 STREAM_EVENTS_PER_S = 100  # of one stream: a token every 10 ms
 STEP_S, SETTLE_S = 1.5, 0.5
 DELAY_P99_MS, DELIVERED = 25.0, 0.97  # "held": no more than this behind, no less than this delivered
-FIRST_RATE, STEP = 10_000, 1.25
+FIRST_RATE, STEP, TRIES = 10_000, 1.25, 3  # the best of three tries: a neighbour's burst is not the proxy's limit
+COST_RATE = 20_000
 STAMP = re.compile(rb'"at":(\d{19})')
 
 NGINX = """
@@ -50,13 +51,20 @@ http {{
 def figures() -> Iterator[dict[str, Any]]:
     with ExitStack() as running:
         upstream = running.enter_context(_source())
-        targets = {"direct": upstream, "pass-through": running.enter_context(_passthrough(upstream))}
+        proxies = {"pass-through": running.enter_context(_passthrough(upstream))}
         if shutil.which("nginx"):
-            targets["nginx"] = running.enter_context(_nginx(upstream))
-        targets["gateway"] = running.enter_context(_gateway(upstream))
+            proxies["nginx"] = running.enter_context(_nginx(upstream))
+        proxies["gateway"] = running.enter_context(_gateway(upstream))
+        targets = {"direct": upstream, **{name: proxy.port for name, proxy in proxies.items()}}
         latency = uvloop.run(_latencies(targets))
+        costs = {name: _cpu_us(proxy) for name, proxy in proxies.items()}
         held = {name: uvloop.run(_held(port)) for name, port in targets.items()}
     yield from _latency_figures(latency)
+    for name, cost in costs.items():
+        yield _figure(
+            f"CPU per SSE event at {COST_RATE}/s, {name}", cost, "us", "pass-through",
+            cost / costs["pass-through"] if name != "pass-through" else None, None, None,
+        )  # fmt: skip
     for name, (rate, cause) in held.items():
         ratio = rate / held["pass-through"][0] if held["pass-through"][0] else None
         is_ours = name == "gateway"
@@ -98,6 +106,20 @@ def _quantile(values: list[float], q: float) -> float:
 # --- what is measured
 
 
+class _Proxy(NamedTuple):
+    port: int
+    process: psutil.Process
+
+
+def _cpu_us(proxy: _Proxy) -> float:
+    """CPU of the proxy's own process for each event, in us: what a busy machine changes least."""
+    before = proxy.process.cpu_times()
+    delivered, _ = uvloop.run(_offer(proxy.port, COST_RATE))
+    after = proxy.process.cpu_times()
+    spent_s = after.user + after.system - before.user - before.system
+    return spent_s * 1e6 / (COST_RATE * delivered * (SETTLE_S + STEP_S))
+
+
 @contextmanager
 def _process(command: list[str], own_core: bool) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -117,9 +139,9 @@ def _source() -> Iterator[int]:
 
 
 @contextmanager
-def _passthrough(upstream: int) -> Iterator[int]:
+def _passthrough(upstream: int) -> Iterator[_Proxy]:
     with _process([sys.executable, "-m", "tests.benchmarks._passthrough", str(upstream)], own_core=True) as process:
-        yield _first_line(process, int)
+        yield _Proxy(_first_line(process, int), psutil.Process(process.pid))
 
 
 def _first_line(process: subprocess.Popen[bytes], read: Callable[[bytes], Any]) -> Any:
@@ -128,18 +150,18 @@ def _first_line(process: subprocess.Popen[bytes], read: Callable[[bytes], Any]) 
 
 
 @contextmanager
-def _nginx(upstream: int) -> Iterator[int]:
+def _nginx(upstream: int) -> Iterator[_Proxy]:
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         config = Path(folder) / "nginx.conf"
         config.write_text(NGINX.format(folder=folder, upstream=upstream, port=port))
-        with _process(["nginx", "-p", folder, "-c", str(config)], own_core=True):
+        with _process(["nginx", "-p", folder, "-c", str(config)], own_core=True) as process:
             _wait_until_listening(port)
-            yield port
+            yield _Proxy(port, psutil.Process(process.pid))
 
 
 @contextmanager
-def _gateway(upstream: int) -> Iterator[int]:
+def _gateway(upstream: int) -> Iterator[_Proxy]:
     with tempfile.TemporaryDirectory() as folder:
         config = {
             "run_dir": f"{folder}/run",
@@ -157,7 +179,7 @@ def _gateway(upstream: int) -> Iterator[int]:
             if (os.cpu_count() or 1) > 1:  # the gateway alone: its recorder is elsewhere, as in life
                 psutil.Process(process.pid).cpu_affinity([1])
             time.sleep(3)  # the recorder's imports are not what is measured
-            yield port
+            yield _Proxy(port, psutil.Process(process.pid))
 
 
 def _free_port() -> int:
@@ -255,14 +277,15 @@ async def _paced(idle: list[_Probe], request: bytes) -> list[float]:
 
 async def _held(port: int) -> tuple[int, str]:
     """The highest rate of events that is held, and what was wrong at the next one."""
-    rate, held, cause = FIRST_RATE, 0, ""
-    while rate <= 200_000:
-        delivered, p99 = await _offer(port, rate)
-        cause = f"at {rate}/s {delivered:.0%} delivered, delay p99 {p99:.1f} ms"
-        if delivered < DELIVERED or p99 > DELAY_P99_MS:
-            break
+    rate, held = FIRST_RATE, 0
+    while True:
+        for _ in range(TRIES):
+            delivered, p99 = await _offer(port, rate)
+            if delivered >= DELIVERED and p99 <= DELAY_P99_MS:
+                break
+        else:
+            return held, f"at {rate}/s {delivered:.0%} delivered, delay p99 {p99:.1f} ms"
         held, rate = rate, int(rate * STEP)
-    return held, cause
 
 
 async def _offer(port: int, rate: int) -> tuple[float, float]:
