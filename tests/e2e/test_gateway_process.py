@@ -187,3 +187,30 @@ def test_bad_input_is_one_clear_line_and_exit_2(tmp_path: Path, document: str, s
     assert said in done.stderr
     assert "sk-secret" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_command_serves_until_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text("kind: stand-in\ncold_start: {}\n")
+    code = "import stack.cli.serve; from stack.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "gateway",
+        "--policy",
+        "round-robin",
+        "--fleet",
+        "fleet.yaml",
+        "--run-dir",
+        "run",
+        "--json",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        running = Running(process, tmp_path / "run")
+        wait_for(lambda: running.get("/readyz")[0] == 200)
+        assert running.get("/healthz")[1]["policy"] == "round-robin"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "holds a run already" in again.stderr
