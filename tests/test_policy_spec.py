@@ -38,6 +38,7 @@ def test_every_preset_loads_builds_and_fits_the_schema(name: str) -> None:
         ("autoscaler: {kind: concurrency, target: 0}", "p.yaml:1 autoscaler.target", "above 0"),
         ("autoscaler: {target: 3}", "p.yaml:1 autoscaler", "kind"),
         ("limiter: token_bucket", "p.yaml:1 limiter", "requests_per_min"),
+        ("autoscaler: queue_depth", "p.yaml:1 autoscaler", "slots_per_replica: 32"),
         ("replicas: {min: 3, max: 2}", "p.yaml:1 replicas", "min <= max"),
         ("replicas: {min: 1, most: 2}", "p.yaml:1 replicas.most", "max"),
         ("slots_per_replica: 0", "p.yaml:1 slots_per_replica", "at least 1"),

@@ -76,7 +76,9 @@ class Concurrency:
 
 @dataclass(slots=True)
 class QueueDepth:
-    """Requests waiting, in the gateway's queue and in the engines', per ready replica, held at most at ``target``.
+    """Requests waiting in the gateway's queue per ready replica, held at most at ``target``.
+
+    Needs ``slots_per_replica``: without it everything waits inside the engines, and this queue is always empty.
 
     Up: as soon as more than ``target`` wait per ready replica, ceil(waiting / target) replicas, at least one more.
     Down: one step when nobody has waited for ``down_stabilisation_s`` and what runs would fit one replica fewer at
@@ -100,7 +102,7 @@ class QueueDepth:
 
     def decide(self, now_ns: int, sample: FleetSample) -> Want:
         have = sample.ready + sample.starting
-        waiting = sample.queued + sum(signals.waiting or 0 for signals in sample.signals)
+        waiting = sample.queued
         reason = f"{waiting} waiting, {sample.running} running on {sample.ready}"
         if waiting > 0 or self._busy_at_ns is None:
             self._busy_at_ns = now_ns

@@ -110,6 +110,13 @@ def from_dict(document: Any, *, where: str = "policy", lines: Lines | None = Non
             where=place(where, lines, ("slots_per_replica",)),
             rule="a number of at least 1, or unlimited",
         )
+    if slots == "unlimited" and roles["autoscaler"][0] == "queue_depth":
+        raise InputError(
+            "queue_depth with unlimited slots",
+            where=place(where, lines, ("autoscaler",)),
+            rule="the gateway's queue stays empty when the engines take everything",
+            fix="slots_per_replica: 32, or autoscaler: concurrency",
+        )
     attempts = document.get("attempts_max", 2)
     if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
         raise InputError(f"is {attempts!r}", where=place(where, lines, ("attempts_max",)), rule="a number of at least 1")

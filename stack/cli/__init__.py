@@ -28,4 +28,4 @@ def main() -> None:
 
 
 # Each module registers its commands on ``app``; heavy imports stay inside them, so that --help is quick.
-from stack.cli import dashboards, policies, replica, report, run, trace  # noqa: E402, F401 (the order of --help)
+from stack.cli import dashboards, policies, replica, report, run, serve, trace  # noqa: E402, F401 (the order of --help)
