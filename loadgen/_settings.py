@@ -54,6 +54,8 @@ def add_arguments(parser: Any) -> None:
         # Locust shows actions with these attributes in its page; a secret's default would stand in the page's source.
         action.include_in_web_ui = destination not in _SECRET
         action.is_secret = action.is_required = action.is_multiple = False
+    # Locust answers --help before it reads a locustfile, so that it cannot know these; this prints all of them.
+    group.add_argument("--replay-help", action="help", help="Show Locust's options and these, and exit")
     # Loopback unless asked: page and RPC port have no password. Locust's own default is every interface.
     parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
 

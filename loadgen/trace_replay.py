@@ -233,13 +233,11 @@ class UntilReplayed(LoadTestShape):
     users = 0
 
     def reset_time(self) -> None:
-        """A test begins."""
+        """A test begins (a master says so twice: before and after test_start)."""
         self.users = 0
-        if Replay.current:
-            Replay.current.finished = False
 
     def tick(self) -> tuple[int, float] | None:
-        if Replay.current is None or Replay.current.finished:
+        if self.users and Replay.current and Replay.current.finished:
             return None
         self.users = self.users or self.runner.worker_count
         if not self.users:
@@ -271,9 +269,9 @@ def tie(environment: Any, **_: Any) -> None:
             runner.register_message(message, lambda msg, **_: replay.obey(msg))
     if environment.web_ui:
         add_tab(environment.web_ui, replay.progress)
-    if options.headless and replay.leads:
-        # Locust takes SIGTERM up only once a headless run with a shape has ended; until then it would die without its rows.
-        gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), KeyboardInterrupt, False)
+    if replay.leads and (options.headless or options.autostart):
+        # Locust takes SIGTERM up only once a started run with a shape has ended; until then it would die without its rows.
+        gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
 
 
 hooks: Any = events

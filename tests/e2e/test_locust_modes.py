@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,6 +72,12 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
+def rpc_port() -> tuple[str, ...]:
+    """--processes: where the master listens and where its children look for it."""
+    port = free_port()
+    return ("--master-bind-port", port, "--master-port", port)
+
+
 def finished(process: subprocess.Popen[str], code: int, limit_s: float = 60) -> str:
     text, _ = process.communicate(timeout=limit_s)
     assert process.returncode == code, text
@@ -100,7 +107,7 @@ def test_headless_ends_by_itself_and_leaves_a_complete_run(
     start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     process = start(
-        "--headless", "--trace", str(trace), "--csv", "out/x", "--html", "out/x.html", "-u", "50", "-t", "1s", "--slo", "ttft<=1s",
+        "--headless", "--trace", str(trace), "--csv", "out/x", "--html", "out/x.html", "-u", "50", "-t", "1s", "--slo", "ttft<=1ms",
         "--run-id", "mine",
     )  # fmt: skip
     text = finished(process, 0)
@@ -110,11 +117,11 @@ def test_headless_ends_by_itself_and_leaves_a_complete_run(
     run = run_of(tmp_path)
     is_complete(run)
     assert run.manifest["id"] == "mine"
-    assert run.manifest["slo"] == {"ttft_s": 1.0}
+    assert run.manifest["slo"] == {"ttft_s": 0.001}
     assert run.manifest["model"] == "truth-7b"
     assert "recorder: 60 rows" in text
     assert list((run.path / "requests").glob("part-*.parquet"))
-    assert (run.path / "spans.jsonl").exists()
+    assert (run.path / "spans.jsonl").stat().st_size  # every request missed that target, and the slow are kept
     stats = (tmp_path / "out" / "x_stats.csv").read_text()
     assert f"POST,/v1/chat/completions,{REQUESTS},0" in stats
     assert f"POST,TTFT,{REQUESTS},0" in stats
@@ -124,7 +131,7 @@ def test_headless_ends_by_itself_and_leaves_a_complete_run(
 
 
 def test_processes_share_the_trace(start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path) -> None:
-    text = finished(start("--headless", "--trace", str(trace), "--processes", "2", "--master-bind-port", free_port()), 0)
+    text = finished(start("--headless", "--trace", str(trace), "--processes", "2", *rpc_port()), 0)
     run = run_of(tmp_path)
     is_complete(run)
     assert len(list((run.path / "spool").glob("*.outcomes"))) == 2
@@ -216,12 +223,12 @@ def test_the_stop_button_ends_a_run_that_then_is_invalid(
     port = free_port()
     process = start("--web-port", port, "--autostart", "--trace", str(trace), "--bytes-per-token", "4", script="hang")
     page = f"http://127.0.0.1:{port}"
-    wait_for(lambda: "20 inside" in get(f"{page}/stats/requests"))
+    wait_for(lambda: re.search(r"[2-9]\d inside", get(f"{page}/stats/requests")))
     get(f"{page}/stop", stop="1")
     process.send_signal(signal.SIGTERM)
     finished(process, 1)
     run = run_of(tmp_path)
-    assert run.manifest["validity"]["reasons"] == ["the run was stopped by hand"]
+    assert run.manifest["validity"]["reasons"][0] == "the run was stopped by hand"
     assert set(run.outcomes()["status"].to_pylist()) == {"cancelled"}
 
 
@@ -268,7 +275,7 @@ def test_bad_input_is_one_clear_error(
 ) -> None:  # fmt: skip
     if mode and arguments != ():
         pytest.skip("one of them is enough with workers")
-    ports = ("--master-bind-port", free_port()) if mode else ()
+    ports = rpc_port() if mode else ()
     text = finished(start("--headless", *arguments, *mode, *ports), 2)
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -284,8 +291,8 @@ def test_a_run_is_never_overwritten(start: Callable[..., subprocess.Popen[str]],
     assert (tmp_path / "r" / "run.json").read_text() == before
 
 
-def test_the_options_stand_in_locusts_help(start: Callable[..., subprocess.Popen[str]]) -> None:
-    text = finished(start("--help"), 0)
+def test_the_options_stand_beside_locusts_in_its_help(start: Callable[..., subprocess.Popen[str]]) -> None:
+    text = finished(start("--replay-help"), 0)
     assert "Trace replay" in text
     for flag in ("--trace", "--busiest", "--bytes-per-token", "--drain", "--slo"):
         assert flag in text
