@@ -233,6 +233,8 @@ def stop_when_told() -> threading.Event:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 rows that could not be written as Parquet (they are in the spool), 2 bad input."""
     options = arguments(argv)
+    if hasattr(os, "nice"):
+        os.nice(10)  # its work can wait, the sender's and the gateway's cannot
     stop = stop_when_told()
     sampling = {name: getattr(options, name) for name in Sampling._fields}
     try:
