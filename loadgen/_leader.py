@@ -77,7 +77,9 @@ class Leader:
         try:
             self._run = RunDir.create(settings.run_dir, self._manifest(), self.plan)
         except OSError as error:
-            raise InputError(f"cannot be written: {error}", where=settings.run_dir, fix="another --run-dir, or room on the disk") from error
+            raise InputError(
+                f"cannot be written: {error}", where=settings.run_dir, fix="another --run-dir, or room on the disk"
+            ) from error
 
     @property
     def planned_ns(self) -> int:

@@ -34,9 +34,6 @@ READ_BYTES: Final = 65_536
 IDLE_NS: Final = 4_000_000_000
 CONNECT_TIMEOUT_S: Final = 10.0
 _READ, _WRITE = 1, 2
-_FIELDS: Final = {
-    b"content-type": "content_type", b"retry-after": "retry_after", H_SERVER_TIMING: "server_timing", H_REPLICA: "replica",
-}  # fmt: skip
 
 
 class Target(NamedTuple):
@@ -107,7 +104,9 @@ class Connection:
         self.unsent = False
         self.bodies: list[bytes] = []
         self.complete = self.is_stream = self.keep_alive = False
-        self.on_body = self.bodies.append  # the parser calls it for every piece of a body
+        self.headers: dict[bytes, bytes] = {}
+        # The parser calls these for every header and every piece of a body: as methods of ours they would cost ten times as much.
+        self.on_header, self.on_body = self.headers.__setitem__, self.bodies.append
         self.parser = httptools.HttpResponseParser(self)
         self.greenlet = gevent.spawn(self._read)
 
@@ -179,15 +178,20 @@ class Connection:
             if self in self.client.idle:
                 self.client.idle.remove(self)
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if (field := _FIELDS.get(name.lower())) and self.stream:
-            setattr(self.stream, field, value)
-
     def on_headers_complete(self) -> None:
+        """Hand the stream what it needs of the headers; most servers send lower-case names, the others' are lowered here."""
         self.keep_alive = self.parser.should_keep_alive()
-        if stream := self.stream:
+        headers, stream = self.headers, self.stream
+        if b"content-type" not in headers:
+            headers = {name.lower(): value for name, value in headers.items()}
+        if stream:
             stream.http_status = self.parser.get_status_code()
-            self.is_stream = stream.http_status == 200 and b"json" not in stream.content_type.lower()
+            stream.content_type = headers.get(b"content-type", b"")
+            stream.server_timing = headers.get(H_SERVER_TIMING, b"")
+            stream.replica = headers.get(H_REPLICA, b"")
+            stream.retry_after = headers.get(b"retry-after", b"")
+            self.is_stream = stream.http_status == 200 and b"json" not in stream.content_type
+        self.headers.clear()
 
     def on_message_complete(self) -> None:
         self.complete = self.parser.get_status_code() >= 200  # 1xx are only heralds

@@ -49,21 +49,24 @@ class Stream:
                 return
         chunks = data.count(b"\ndata:") + data.startswith(b"data:")
         self.chunks += chunks
+        if b"[DONE]" in data[-24:]:
+            self.end_ns = now_ns
         if (at := shared.finder.find(data)) >= 0:
             if self.first_token_ns < 0:
                 self.first_token_ns = now_ns
                 self.first_chunk_tokens = tokens_of_line(data, at)
+                chunks = shared.count_tokens(data)
             else:
                 gap = now_ns - self.last_token_ns
                 shared.gaps.add(gap)
                 if gap > self.longest_gap_ns:
                     self.longest_gap_ns = gap
+                if self.end_ns >= 0:
+                    chunks = shared.count_tokens(data)
             if chunks > 1:
-                shared.add_read_together(data)
+                shared.gaps.counts[0] += chunks - 1  # read together: no gap between them that a client could see
             self.last_token_ns = now_ns
-        if b"[DONE]" in data[-24:]:
-            self.end_ns = now_ns
-        self.tail_kept = (self.tail_kept + data)[-KEPT_BYTES:]
+        self.tail_kept = (data if len(data) >= KEPT_BYTES else self.tail_kept + data)[-KEPT_BYTES:]
 
     def keep(self, data: bytes) -> None:
         """The body of an answer that is no stream: only the beginning, for the error it may name."""
@@ -80,10 +83,10 @@ class Shared:
         self.gaps = LogHistogram()
         self.finder = TokenFinder()
 
-    def add_read_together(self, data: bytes) -> None:
-        """Chunks with tokens beyond the first that came in one read: no gap between them that a client could see."""
+    def count_tokens(self, data: bytes) -> int:
+        """Chunks with a token; asked at both ends of a stream, where other chunks stand among them (role, usage, [DONE])."""
         key = self.finder.spelling
-        self.gaps.counts[0] += max(0, data.count(key) - data.count(key + b'"') - 1)  # the key with an empty value is no token
+        return data.count(key) - data.count(key + b'"')  # with an empty value it is no token
 
 
 def tokens_of_line(data: bytes, at: int) -> int:

@@ -1,4 +1,4 @@
-"""A tab in Locust's page: how far the replay is, how late it sends, what it measures now, and the verdict."""
+"""What Locust shows of a replay: its table (terminal, page, CSV, HTML report), and a tab of our own in its page."""
 
 from __future__ import annotations
 
@@ -10,14 +10,33 @@ from flask import Response, json, request
 
 from loadgen._histogram import LogHistogram
 from loadgen._leader import Leader
+from loadgen._outcomes import Ended
 from loadgen._verdict import milliseconds
-from replay.records import NS_PER_S, STATUSES
+from replay.records import NS_PER_S, OK, STATUSES
 
 KEY: Final = "tidegauge"
 
 
+def table(environment: Any, path: str) -> Callable[[Ended], None]:
+    """Locust's table: one request event each, and TTFT and TPOT as entries beside (as events they would inflate the totals)."""
+    fire, stats = environment.events.request.fire, environment.runner.stats
+
+    def show(ended: Ended) -> None:
+        exception = None if ended.status == OK else f"{STATUSES[ended.status]}: {ended.detail}"
+        fire(
+            request_type="POST", name=path, response_time=ended.e2e_ns / 1e6, response_length=max(ended.output_tokens, 0),
+            exception=exception, context={}, response=None,
+        )  # fmt: skip
+        if ended.ttft_ns >= 0:
+            stats.get("TTFT", "POST").log(ended.ttft_ns / 1e6, 0)
+        if ended.tpot_ns >= 0:
+            stats.get("TPOT", "POST").log(ended.tpot_ns / 1e6, 0)
+
+    return show
+
+
 def add_tab(web_ui: Any, rows: Callable[[], list[dict[str, str]]]) -> None:
-    """``rows()`` is asked whenever the page polls its statistics."""
+    """How far the replay is, how late it sends, what it measures now, the verdict: ``rows()`` is asked whenever the page polls."""
     web_ui.template_args |= {
         "extended_tabs": [{"title": "Replay", "key": KEY}],
         "extended_tables": [{"key": KEY, "structure": [{"key": "name", "title": "Replay"}, {"key": "value", "title": ""}]}],

@@ -24,13 +24,12 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadgen._leader import DONE, GO, LOADED, STOP, Leader, load_plan, raise_file_limit
 from loadgen._openai import resolve
-from loadgen._outcomes import Clock, Ended, Spool
+from loadgen._outcomes import Clock, Spool
 from loadgen._requests import PATHS, RequestWriter, Server
 from loadgen._schedule import Sender
 from loadgen._settings import Settings, add_arguments, api_key
-from loadgen._webui import add_tab, progress_rows
+from loadgen._webui import add_tab, progress_rows, table
 from replay.errors import InputError
-from replay.records import OK, STATUSES
 from replay.runs import RunDir
 from replay.schedule import shard
 
@@ -172,25 +171,8 @@ class Replay:
             Spool(spool / f"worker-{index}.outcomes"),
             model=server.model,
             timeout_s=settings.timeout_s,
-            on_ended=self._table(PATHS[settings.endpoint]),
+            on_ended=table(self.environment, PATHS[settings.endpoint]),
         )
-
-    def _table(self, path: str) -> Any:
-        """Locust's table and page: one request event each, and TTFT and TPOT as entries of their own beside the totals."""
-        fire, stats = self.environment.events.request.fire, self.runner.stats
-
-        def show(ended: Ended) -> None:
-            exception = None if ended.status == OK else f"{STATUSES[ended.status]}: {ended.detail}"
-            fire(
-                request_type="POST", name=path, response_time=ended.e2e_ns / 1e6, response_length=max(ended.output_tokens, 0),
-                exception=exception, context={}, response=None,
-            )  # fmt: skip
-            if ended.ttft_ns >= 0:
-                stats.get("TTFT", "POST").log(ended.ttft_ns / 1e6, 0)
-            if ended.tpot_ns >= 0:
-                stats.get("TPOT", "POST").log(ended.tpot_ns / 1e6, 0)
-
-        return show
 
     def obey(self, message: Any) -> None:
         """What the leader said: go, or stop."""

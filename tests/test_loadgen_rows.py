@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def instant_of(offset: int, pieces: list[bytes]) -> int:
 @given(st.lists(st.integers(1, len(TEXT) - 1), unique=True, max_size=40))
 def test_however_a_stream_is_cut_into_reads_it_says_the_same(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(TEXT)]
-    pieces = [TEXT[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [TEXT[a:b] for a, b in itertools.pairwise(edges)]
     record = np.frombuffer(conclude(read_in(pieces), Clock(0, 1), model=b"m").row, OUTCOME_DTYPE)[0]
     assert (record["status"], record["chunks"]) == (OK, 6)
     assert (record["prompt_tokens"], record["output_tokens"], record["cached_tokens"]) == (9, 4, 8)

@@ -45,7 +45,8 @@ def test_every_option_has_a_reading() -> None:
     [
         ({"trace": ""}, "--trace"), ({"endpoint": "chats"}, "--endpoint"), ({"from_time": "soon"}, "--from"),
         ({"time_scale": "fast"}, "--time-scale"), ({"seed": "1.5"}, "--seed"), ({"slo": "ttft<2"}, "--slo"),
-        ({"slo": "speed<=2"}, "--slo"), ({"slo": "<=3"}, "--slo"), ({"slo": "ttft<=soon"}, "--slo ttft"), ({"drain": "-1"}, "--drain"),
+        ({"slo": "speed<=2"}, "--slo"), ({"slo": "<=3"}, "--slo"), ({"slo": "ttft<=soon"}, "--slo ttft"),
+        ({"drain": "-1"}, "--drain"),
         ({"run_id": "a b\r\nx: y"}, "--run-id"), ({"bytes_per_token": "nan"}, "--bytes-per-token"),
     ],
 )  # fmt: skip

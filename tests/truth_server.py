@@ -178,7 +178,7 @@ def cut(ask: Ask) -> Iterator[Step]:
 
 
 def reported(ask: Ask) -> Iterator[Step]:
-    """As our gateway ends a stream: the phase comment before [DONE]. 2 ms each in queue and route, 10 of network, the rest by the script."""
+    """As our gateway ends a stream: the phase comment before [DONE]; 2 ms each of queue and route, 10 of network."""
     yield from tokens(ask, lambda _: event(delta()))
     ttft, total = ask.number("ttft", 30), end_ms(ask) - 10
     phases = [0, 2, -1, 2, ttft - 4, total - ttft, -1]  # limit, queue, cold_start, route, prefill, decode, retry (ms)
@@ -310,14 +310,15 @@ class Server(asyncio.Protocol):
             made = self.truth.flood_bytes[key] = (b"%x\r\n%b\r\n" % (len(one), one)) * key[2]
         end = event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n"
         close = b"%x\r\n%b\r\n0\r\n\r\n" % (len(end), end)
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         whole, rest = divmod(ask.tokens, key[2])
         rest_bytes = made[: len(made) // key[2] * rest]
         if whole <= 1:
-            self.transport.write(self._head() + made * whole + rest_bytes + close)
+            self.transport.write(head + made * whole + rest_bytes + close)
             return
 
         def pieces() -> Iterator[bytes]:
-            yield self._head()
+            yield head
             for _ in range(whole):
                 yield made
             yield rest_bytes + close
