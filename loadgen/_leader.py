@@ -32,7 +32,8 @@ from replay.errors import InputError
 from replay.records import NS_PER_S, OUTCOME_DTYPE
 from replay.runs import RunDir, write_atomically
 
-START_AHEAD_NS: Final = 2_000_000_000  # for the slowest sender to hear of the start and make its first requests ready
+START_AHEAD_NS: Final = 2_000_000_000  # for the slowest sender to hear of the start and make its first requests ready,
+START_AHEAD_NS_PER_ROW: Final = 2_000  # and to divide the plan and order its turns: a million rows take 2 s
 LOAD_LIMIT_S: Final = 300.0
 STOP_LIMIT_S: Final = 15.0
 RECORDER_LIMIT_S: Final = 60.0
@@ -144,7 +145,7 @@ class Leader:
             self._conclude(psutil.cpu_times())
             return
         working = [sender for sender in senders if sender in self.loaded]
-        self.started_at_unix_ns = time.time_ns() + START_AHEAD_NS
+        self.started_at_unix_ns = time.time_ns() + START_AHEAD_NS + START_AHEAD_NS_PER_ROW * len(self.plan)
         self._run.update_manifest(started_at_unix_ns=self.started_at_unix_ns)
         self._start_recorder()
         cpu_before = psutil.cpu_times()
@@ -153,7 +154,7 @@ class Leader:
             {
                 "started_at_unix_ns": self.started_at_unix_ns,
                 "senders": working,
-                "run_dir": str(self._run.path),
+                "run_dir": str(self._run.path.absolute()),  # workers may have been started elsewhere
                 "server": {**asdict(self._server), "notes": []},
                 "output_cap": int(np.quantile(self.plan["output_tokens"].to_numpy(), 0.99, method="higher")),
             },
@@ -170,7 +171,7 @@ class Leader:
     def _gather(
         self, senders: list[str], heard: dict[str, Any], is_lost: Callable[[str], bool], limit_s: float | None, missing: str
     ) -> None:  # fmt: skip
-        """Wait until each sender was heard of, is lost, or the limit is over; who is missing becomes a problem of the run."""
+        """Wait until each sender was heard of, has failed or is lost, or the limit is over."""
         began = time.monotonic()
         while waiting := [sender for sender in senders if sender not in heard and sender not in self.failed]:
             lost = [sender for sender in waiting if is_lost(sender)]
@@ -178,8 +179,7 @@ class Leader:
             if now > self._stop_limit or (limit_s is not None and now - began > limit_s):
                 lost = waiting
             for sender in lost:
-                self.failed[sender] = missing
-                self.problems.append(f"worker {sender} {missing}, with the rows that it had not written")
+                self.failed[sender] = f"{missing}, with the rows that it had not written"
             gevent.sleep(POLL_S)
 
     def _start_recorder(self) -> None:
@@ -197,6 +197,7 @@ class Leader:
             said, _ = self._recorder.communicate(timeout=RECORDER_LIMIT_S)
             last = json.loads(said.splitlines()[-1])
             self.notes.append(f"recorder: {last['rows']} rows, {last['spans_kept']} spans kept, {last['spans_dropped']} dropped")
+            self.notes += [f"recorder: {last['error']}"] if "error" in last else []
         except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, IndexError):
             self._recorder.kill()
             self._recorder.wait()
@@ -206,9 +207,14 @@ class Leader:
     def _conclude(self, cpu_before: Any) -> None:
         """Verdict, histogram of gaps, end of the recorder: what completes the run directory."""
         figures = list(self.done.values())
+        self.problems += [f"worker {sender} {why}" for sender, why in self.failed.items()]
         self.problems += sorted({worker["ended"] for worker in figures if worker["ended"]})
         ended_at_ns = max(0, time.time_ns() - (self.started_at_unix_ns or time.time_ns()))
         rows = self.columns()
+        if elsewhere := sum(worker["rows"] for worker in figures) - len(rows["status"]):
+            self.problems.append(
+                f"{elsewhere} rows were written on other machines: copy their spool/*.outcomes into {self._run.path}/spool"
+            )
         self.validity = verdict(
             rows,
             figures,

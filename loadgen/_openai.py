@@ -101,7 +101,7 @@ class Connection:
         self.stream: Stream | None = None
         self.idle_since_ns = monotonic_ns()
         self.open = True
-        self.unsent = False
+        self.sending: gevent.Greenlet | None = None
         self.bodies: list[bytes] = []
         self.complete = self.is_stream = self.keep_alive = False
         self.headers: dict[bytes, bytes] = {}
@@ -122,8 +122,7 @@ class Connection:
             self._lose(f"while sending: {error}")
             return
         if sent < len(stream.request):
-            self.unsent = True
-            gevent.spawn(self._send_rest, stream, memoryview(stream.request)[sent:])
+            self.sending = gevent.spawn(self._send_rest, stream, memoryview(stream.request)[sent:])
         stream.request = b""  # prompts of hundreds of requests in flight would be most of the memory
 
     def _send_rest(self, stream: Stream, rest: memoryview) -> None:
@@ -137,7 +136,7 @@ class Connection:
                 if self.stream is stream:
                     self._lose(f"while sending: {error}")
                 return
-        self.unsent = False
+        self.sending = None
 
     def _read(self) -> None:
         hub, recv, parser, bodies = get_hub(), self.sock.recv, self.parser, self.bodies
@@ -174,6 +173,8 @@ class Connection:
         finally:
             watcher.close()
             self.open = False
+            if self.sending:
+                self.sending.kill()  # it waits for a socket that is about to go, and whose number another will get
             self.sock.close()
             if self in self.client.idle:
                 self.client.idle.remove(self)
@@ -200,7 +201,7 @@ class Connection:
         """The answer is complete; True where the connection can serve another request (and maybe does so already)."""
         self.stream = None
         # Answered before it was asked in full (a 413, say): what would follow on this connection is no request.
-        reusable = self.keep_alive and not self.unsent
+        reusable = self.keep_alive and self.sending is None
         if reusable:
             self.idle_since_ns = now_ns
             self.client.idle.append(self)

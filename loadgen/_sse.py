@@ -13,6 +13,7 @@ from loadgen._histogram import LogHistogram
 from replay.sse import DONE, KEPT_BYTES, TokenFinder, Usage, last_usage, stream_error
 from replay.wire import COMMENT_PREFIX, PhaseReport, decode_report
 
+FLOOD_CHUNKS: Final = 16
 _CONTINUOUS_USAGE: Final = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 
 
@@ -55,16 +56,13 @@ class Stream:
             if self.first_token_ns < 0:
                 self.first_token_ns = now_ns
                 self.first_chunk_tokens = tokens_of_line(data, at)
-                chunks = shared.count_tokens(data)
             else:
                 gap = now_ns - self.last_token_ns
                 shared.gaps.add(gap)
                 if gap > self.longest_gap_ns:
                     self.longest_gap_ns = gap
-                if self.end_ns >= 0:
-                    chunks = shared.count_tokens(data)
             if chunks > 1:
-                shared.gaps.counts[0] += chunks - 1  # read together: no gap between them that a client could see
+                shared.add_together(data, chunks)
             self.last_token_ns = now_ns
         self.tail_kept = (data if len(data) >= KEPT_BYTES else self.tail_kept + data)[-KEPT_BYTES:]
 
@@ -83,10 +81,15 @@ class Shared:
         self.gaps = LogHistogram()
         self.finder = TokenFinder()
 
-    def count_tokens(self, data: bytes) -> int:
-        """Chunks with a token; asked at both ends of a stream, where other chunks stand among them (role, usage, [DONE])."""
-        key = self.finder.spelling
-        return data.count(key) - data.count(key + b'"')  # with an empty value it is no token
+    def add_together(self, data: bytes, chunks: int) -> None:
+        """Tokens that came in one read have no gap between them that a client could see.
+
+        Chunks without a token (role, usage, [DONE]) do not count; in a flood they do not matter, and looking twice would.
+        """
+        if chunks < FLOOD_CHUNKS:
+            key = self.finder.spelling
+            chunks = data.count(key) - data.count(key + b'"')  # with an empty value it is no token
+        self.gaps.counts[0] += max(0, chunks - 1)
 
 
 def tokens_of_line(data: bytes, at: int) -> int:

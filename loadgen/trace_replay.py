@@ -57,10 +57,12 @@ class Replay:
 
     def start(self) -> None:
         """Locust's test_start: once in every process."""
-        self.finished, self.leader, self.sender, self._stopped, self._go = False, None, None, "", AsyncResult()
+        self.finished, self.leader, self.sender, self._go = False, None, None, AsyncResult()
+        self.error = self._stopped = ""
         raise_file_limit()
         options = self.environment.parsed_options
         if self.leads:
+            self.environment.process_exit_code = 1  # until a verdict says otherwise
             try:
                 settings = Settings.read(options, self.environment.host)
                 self.leader = Leader(settings, api_key(options), self.runner.send_message)
@@ -108,11 +110,12 @@ class Replay:
             senders = [name for name in self.runner.clients if not self._is_lost(name)]
         try:
             leader.conduct(senders, self._is_lost)
+            if leader.validity and leader.validity["valid"]:
+                self.environment.process_exit_code = 0
         except InputError as error:
             self.fail(error)
-            return
-        self.environment.process_exit_code = 0 if leader.validity and leader.validity["valid"] else 1
-        self.finished = True
+        finally:
+            self.finished = True
         if self.environment.web_ui:
             self.print_summary(sys.stdout)
 
@@ -156,6 +159,9 @@ class Replay:
             self.runner.send_message(DONE, self.sender.figures())
         except InputError as error:
             self.runner.send_message(LOADED, {"error": str(error)})
+        except Exception as error:  # whatever it was: the leader must not wait for a sender that is gone
+            log.exception("the sender failed")
+            self.runner.send_message(LOADED, {"error": f"failed: {error!r}"})
 
     def _make_sender(self, settings: Settings, plan: Any, go: dict[str, Any]) -> Sender:
         index, count = go["senders"].index(self.name), len(go["senders"])
@@ -193,7 +199,7 @@ class Replay:
 
     def progress(self) -> list[dict[str, str]]:
         """The rows of the page's tab."""
-        if self.leader is None:
+        if self.leader is None or self.error:
             return [{"name": "Replay", "value": self.error or "not started"}]
         if self.sends:
             self.leader.live[self.name] = self.live()

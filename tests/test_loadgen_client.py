@@ -11,6 +11,7 @@ from typing import Any
 import gevent
 import numpy as np
 import pytest
+from gevent.server import StreamServer
 
 from loadgen._openai import Client, connect, resolve
 from loadgen._outcomes import Clock, conclude
@@ -236,6 +237,22 @@ def test_a_prompt_larger_than_the_socket_buffer_arrives_whole(url: str) -> None:
     record = Caller(url, "plain,ttft=1,gap=1").one(body(messages=[{"role": "user", "content": text}]))
     assert record["status"] == OK
     assert record["prompt_tokens"] == truth_server.TEMPLATE_TOKENS + len(text) // truth_server.BYTES_PER_TOKEN
+
+
+def test_a_server_that_leaves_in_the_middle_of_a_prompt_is_an_error(url: str) -> None:
+    def hang_up(sock: Any, _: Any) -> None:
+        sock.recv(1000)
+        sock.close()  # with unread bytes: the client's kernel is told to stop, while megabytes wait to be sent
+
+    server = StreamServer(("127.0.0.1", 0), hang_up)
+    server.start()
+    caller = Caller(f"http://127.0.0.1:{server.server_port}", "x")
+    record = caller.one(b"x" * 20_000_000)
+    assert record["status"] == ERROR
+    assert record["detail"]
+    assert not caller.client.idle
+    server.stop()
+    assert Caller(url, "plain,ttft=1,gap=1").one()["status"] == OK
 
 
 @pytest.mark.parametrize("host", ["https://example.org", "ftp://x", "http://", "http://no.such.name.invalid"])

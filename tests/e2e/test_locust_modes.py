@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -47,12 +48,11 @@ def start(tmp_path: Path, url: str) -> Iterator[Callable[..., subprocess.Popen[s
     """Starts Locust in a folder of its own; at the end nothing of it may be left."""
     started: list[subprocess.Popen[str]] = []
 
-    def locust(*arguments: str, script: str = "plain,ttft=30,gap=2", host: str = "", **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "locust", "-f", LOADGEN, "--host", host or f"{url}/{script}", "--only-summary", *arguments]
-        env = {**os.environ, "OPENAI_API_KEY": KEY, **environment}
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+    def locust(*arguments: str, script: str = "plain,ttft=30,gap=2", **more: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "locust", "-f", LOADGEN, "--host", f"{url}/{script}", "--only-summary", *arguments]
+        process: subprocess.Popen[str] = subprocess.Popen(
+            command, env={**os.environ, "OPENAI_API_KEY": KEY}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True, **{"cwd": tmp_path, **more},
         )  # fmt: skip
         started.append(process)
         return process
@@ -182,7 +182,9 @@ def wait_for(holds: Callable[[], Any], limit_s: float = 30.0) -> Any:
     raise AssertionError("did not happen in time")
 
 
-def test_the_page_starts_shows_and_restarts_a_replay(start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path) -> None:
+def test_the_page_starts_shows_and_restarts_a_replay(
+    start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path
+) -> None:
     port = free_port()
     process = start("--web-port", port)
     page = f"http://127.0.0.1:{port}"
@@ -263,25 +265,51 @@ def test_the_drain_ends_a_run_whose_answers_do_not_come(
     ("arguments", "said"),
     [
         ((), "--trace: no trace given"),
+        (("--processes", "2"), "--trace: no trace given"),
         (("--trace", "no-such-file.csv"), "no-such-file.csv"),
         (("--trace", "azure-code-2023", "--from", "soon"), "--from"),
         (("--trace", "azure-code-2023", "--host", "http://127.0.0.1:1"), "nobody listens at http://127.0.0.1:1"),
         (("--trace", "azure-code-2023", "--host", "ftp://x"), "--host"),
     ],
 )
-@pytest.mark.parametrize("mode", [(), ("--processes", "2")])
 def test_bad_input_is_one_clear_error(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, arguments: tuple[str, ...], said: str, mode: tuple[str, ...]
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:  # fmt: skip
-    if mode and arguments != ():
-        pytest.skip("one of them is enough with workers")
-    ports = rpc_port() if mode else ()
-    text = finished(start("--headless", *arguments, *mode, *ports), 2)
+    if "--processes" in arguments:
+        arguments += rpc_port()
+    text = finished(start("--headless", *arguments), 2)
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert said in errors[0]
     assert "Traceback" not in text
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_worker_that_cannot_read_the_trace_ends_the_run(
+    start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    port = free_port()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    master = start("--headless", "--master", "--master-bind-port", port, "--trace", trace.name)
+    worker = start("--worker", "--master-port", port, cwd=elsewhere)
+    assert "trace.jsonl" in finished(master, 2)
+    finished(worker, 0)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_written(
+    start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    limit = 20 * 1024  # as good as a full disk for every file that wants to be larger: 60 rows do
+    process = start(
+        "--headless", "--trace", str(trace), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    text = finished(process, 1)
+    assert re.search(r"INVALID: rows could not be written \(.*File too large\): they are complete up to second [12]\.\d\d", text)
+    run = run_of(tmp_path)
+    rows = run.outcomes()
+    assert 20 < len(rows) < REQUESTS
+    assert not run.manifest["validity"]["valid"]
 
 
 def test_a_run_is_never_overwritten(start: Callable[..., subprocess.Popen[str]], trace: Path, tmp_path: Path) -> None:
