@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -32,7 +31,6 @@ PROBE_EVERY_S: Final = 0.05
 STOP_GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL
 LOG_TAIL_BYTES: Final = 2000
 RETRY_S: Final = 5.0
-NICE: Final = 5
 
 
 class PoolRefused(Exception):  # noqa: N818 (the fleet's word: replica_refused)
@@ -157,9 +155,7 @@ class ProcessPool:
     def _command(self, spec: FleetSpec, asked_at_ns: int) -> list[str]:
         module = "stack.llama" if spec.kind == "llama" else "stack.replica"
         config = {"fleet": spec.model_dump(), "seed": self._seed, "asked_at_ns": asked_at_ns, "follow_parent": True}
-        # Replicas share this machine with those who measure them: a start-up or a batch may not make the sender late.
-        polite = ["nice", "-n", str(NICE)] if shutil.which("nice") else []
-        return [*polite, sys.executable, "-m", module, "--config", json.dumps(config)]
+        return [sys.executable, "-m", module, "--config", json.dumps(config)]
 
     async def _listening(self, child: _Child, process: asyncio.subprocess.Process) -> Address:
         """Read the one line that says where it listens."""
