@@ -141,10 +141,12 @@ class Connection:
     def _read(self) -> None:
         hub, recv, parser, bodies = get_hub(), self.sock.recv, self.parser, self.bodies
         watcher = hub.loop.io(self.sock.fileno(), _READ)
+        # Started once, since this greenlet waits for nothing else: ``hub.wait`` starts, stops and makes a Waiter for each read.
+        watcher.start(gevent.getcurrent().switch)
         shared = self.client.shared
         try:
             while True:
-                hub.wait(watcher)
+                hub.switch()
                 try:
                     data = recv(READ_BYTES)
                 except BlockingIOError:

@@ -46,7 +46,7 @@ def add_arguments(parser: Any) -> None:
     group = parser.add_argument_group(
         "Trace replay",
         "Open-loop replay of recorded traffic: requests leave when they were recorded, so users, spawn rate and run time are set "
-        "for you, and Locust ends by itself after the trace and the drain. Exit code 0: the run is valid, 1: it is not, 2: bad input. "
+        "for you, and Locust ends by itself after the trace and the drain. Exit code 0: valid, 1: invalid, 2: bad input. "
         "Page and master listen on 127.0.0.1 unless --web-host or --master-bind-host say otherwise.\n"
         "Example: locust -f loadgen/ --headless --host http://127.0.0.1:8000 --trace azure-code-2023 --busiest 90s",
     )
