@@ -123,7 +123,7 @@ def fleet_spec(data: object, where: str = "fleet") -> FleetSpec:
         if first["type"] == "extra_forbidden":
             allowed = ", ".join(FleetSpec.model_fields)
             raise InputError("unknown key", where=path, rule=f"one of {allowed}") from error
-        raise InputError(f"{first['msg']} (found {first['input']!r})", where=path) from error
+        raise InputError(f"is {first['input']!r}", where=path, rule=first["msg"]) from error
 
 
 def profile(spec: FleetSpec) -> Profile:
@@ -148,7 +148,8 @@ def kv_blocks(profile: Profile) -> int:
     memory = (chip.memory_mib * 2**20 * GPU_MEMORY_SHARE - ACTIVATION_BYTES) * profile.tensor_parallel
     blocks = int((memory - 2 * model.parameters) // (model.kv_bytes * BLOCK_TOKENS))
     if blocks < 1:
-        raise InputError(f"{profile.model} leaves no memory for its KV cache on {profile.gpu} x{profile.tensor_parallel}")
+        what = f"{profile.model} leaves no memory for its KV cache on {profile.gpu} x{profile.tensor_parallel}"
+        raise InputError(what, fix="a larger gpu, or more of them in tensor_parallel")
     return blocks
 
 

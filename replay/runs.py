@@ -169,7 +169,9 @@ class RunDir:
         try:
             loaded: Manifest = json.loads((self.path / "run.json").read_text())
         except json.JSONDecodeError as error:
-            raise InputError(f"is not JSON: {error}", where=str(self.path / "run.json")) from error
+            raise InputError(
+                f"is not JSON: {error}", where=str(self.path / "run.json"), fix="restore it from a copy of the run"
+            ) from error
         return loaded
 
     def write_manifest(self, manifest: Manifest) -> None:

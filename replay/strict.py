@@ -26,12 +26,12 @@ def read_bounded(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(YAML_MAX_BYTES + 1)
         if len(raw) > YAML_MAX_BYTES:
-            raise InputError("is larger than 1 MiB", where=str(path))
+            raise InputError("is too large", where=str(path), rule="at most 1 MiB", fix="check that it is the file you meant")
         return raw.decode()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
     except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=str(path)) from error
+        raise InputError("is not UTF-8 text", where=str(path), fix="save it as UTF-8") from error
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, Lines]:
@@ -42,12 +42,14 @@ def parse_yaml(text: str, where: str) -> tuple[Any, Lines]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
-        raise InputError(f"is not YAML: {getattr(error, 'problem', None) or error}", where=place) from error
+        raise InputError(
+            f"is not YAML: {getattr(error, 'problem', None) or error}", where=place, fix="check indents, quotes and brackets there"
+        ) from error
     lines: Lines = {}
 
     def walk(node: yaml.Node, path: tuple[str | int, ...], depth: int) -> None:
         if depth > 50:
-            raise InputError("nests deeper than 50 levels", where=where)
+            raise InputError("nests too deep", where=where, rule="at most 50 levels")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 lines[(*path, key.value)] = key.start_mark.line + 1

@@ -100,7 +100,7 @@ class GatewayConfig:
         try:
             document = json.loads(read_bounded(path))
         except json.JSONDecodeError as error:
-            raise InputError(f"is not JSON: {error}", where=str(path)) from error
+            raise InputError(f"is not JSON: {error}", where=str(path), fix="python -m json.tool on the file") from error
         return cls.of(document, str(path))
 
 

@@ -244,7 +244,7 @@ def _address(url: str, where: str) -> Address:
     try:
         port = parts.port or 80
     except ValueError as error:
-        raise InputError(f"{url!r}: {error}", where=where) from error
+        raise InputError(f"{url!r}: {error}", where=where, rule="http://host:port, with a base path if there is one") from error
     if parts.scheme == "https":
         raise InputError(
             f"{url!r} is https", where=where, rule="http only, so far", fix="put a TLS-terminating proxy in front of it"
