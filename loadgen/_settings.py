@@ -16,8 +16,8 @@ from typing import Any, Final
 from replay import traces
 from replay.errors import InputError
 from replay.schedule import parse_duration_s
+from replay.slo import Slo
 
-SLO_TERMS: Final = ("ttft", "tpot", "e2e")
 # flag, destination, default, metavar, help. None of them shadows an option of Locust's own (a test compares).
 _OPTIONS: Final = (
     ("--trace", "trace", "", "<file>", "Recorded traffic (CSV, JSONL or Parquet), or azure-code-2023: an hour that comes along"),
@@ -101,7 +101,7 @@ class Settings:
             endpoint=options.endpoint,
             timeout_s=parse_duration_s(options.timeout, where="--timeout"),
             drain_s=parse_duration_s(options.drain, where="--drain"),
-            slo=parse_slo(options.slo),
+            slo=Slo.parse(options.slo).terms(),
             bytes_per_token=None
             if options.bytes_per_token == "auto"  # noqa: S105
             else _number(options.bytes_per_token, "--bytes-per-token"),
@@ -131,26 +131,6 @@ def read_shaping(options: argparse.Namespace) -> traces.Shaping:
         jitter_s=span(options.jitter, "--jitter") or 0.0,
         seed=int(_number(options.seed, "--seed", whole=True)),
     )
-
-
-def parse_slo(text: str) -> dict[str, float]:
-    """Terms of an SLO in seconds.
-
-    >>> parse_slo("ttft<=2s,tpot=50ms")
-    {'ttft_s': 2.0, 'tpot_s': 0.05}
-    """
-    slo = {}
-    for term in filter(None, (term.strip() for term in text.split(","))):
-        match = re.fullmatch(r"(\w+)\s*(?:<=|=)\s*(.+)", term)
-        if match is None or match[1] not in SLO_TERMS:
-            raise InputError(
-                f"does not know {term!r}",
-                where="--slo",
-                rule=f"{', '.join(SLO_TERMS)} <= a time",
-                fix="--slo 'ttft<=2s,tpot<=50ms'",
-            )
-        slo[f"{match[1]}_s"] = parse_duration_s(match[2], where=f"--slo {match[1]}")
-    return slo
 
 
 def _number(text: str, flag: str, whole: bool = False) -> float:

@@ -257,8 +257,8 @@ def tie(environment: Any, **_: Any) -> None:
             runner.register_message(message, lambda msg, **_: replay.obey(msg))
     if environment.web_ui:
         add_tab(environment.web_ui, replay.progress)
-    if replay.leads and (options.headless or options.autostart):
-        # Locust takes SIGTERM up only once a started run with a shape has ended; until then it would die without its rows.
+    if replay.leads and options.headless:
+        # Locust takes SIGTERM up only once a headless run with a shape has ended; until then it would die without its rows.
         gevent.signal_handler(signal.SIGTERM, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
 
 

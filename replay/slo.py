@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from replay.errors import InputError
+from replay.schedule import parse_duration_s
 
-_TERM = re.compile(r"\s*(ttft|tpot|e2e)\s*<=?\s*([0-9]*\.?[0-9]+)\s*(ms|s)\s*")
+_TERM = re.compile(r"(\w+)\s*(?:<=?|=)\s*(.+)")
 _EXAMPLE = "write it like 'ttft<=1s,tpot<=50ms' (terms: ttft, tpot, e2e; units: ms, s)"
 
 
@@ -33,13 +34,13 @@ class Slo:
         Slo(ttft_s=1.0, tpot_s=0.05, e2e_s=None)
         """
         limits: dict[str, float] = {}
-        for term in text.split(","):
-            if not (match := _TERM.fullmatch(term)):
-                raise InputError(f"cannot read {term.strip()!r}", where="--slo", fix=_EXAMPLE)
-            name, number, unit = match.groups()
-            if f"{name}_s" in limits:
-                raise InputError(f"names {name} twice", where="--slo", rule="one limit a term", fix=_EXAMPLE)
-            limits[f"{name}_s"] = float(number) / (1000 if unit == "ms" else 1)
+        for term in filter(None, (term.strip() for term in text.split(","))):
+            match = _TERM.fullmatch(term)
+            if match is None or f"{match[1]}_s" not in cls.__slots__:
+                raise InputError(f"cannot read {term!r}", where="--slo", fix=_EXAMPLE)
+            if f"{match[1]}_s" in limits:
+                raise InputError(f"names {match[1]} twice", where="--slo", rule="one limit a term", fix=_EXAMPLE)
+            limits[f"{match[1]}_s"] = parse_duration_s(match[2], where=f"--slo {match[1]}")
         return cls(**limits)
 
     @classmethod
@@ -51,12 +52,15 @@ class Slo:
             raise InputError(f"unknown term {unknown[0]!r}", where="slo", rule="one of ttft_s, tpot_s, e2e_s", fix=_EXAMPLE)
         return cls(**limits)
 
+    def terms(self) -> dict[str, float]:
+        """The limits that are set, as manifests hold them."""
+        return {name: limit_s for name, limit_s in asdict(self).items() if limit_s is not None}
+
     def __bool__(self) -> bool:
-        return any(limit_s is not None for limit_s in asdict(self).values())
+        return bool(self.terms())
 
     def __str__(self) -> str:
-        limits = {name: limit_s for name, limit_s in asdict(self).items() if limit_s is not None}
-        return ", ".join(f"{name[:-2].upper()} ≤ {limit_words(limit_s)}" for name, limit_s in limits.items()) or "none"
+        return ", ".join(f"{name[:-2].upper()} ≤ {limit_words(limit_s)}" for name, limit_s in self.terms().items()) or "none"
 
 
 def limit_words(limit_s: float) -> str:

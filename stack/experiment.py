@@ -67,17 +67,13 @@ class Experiment:
         """How long a new replica takes where we know it: only a stand-in declares it."""
         return self.fleet.phases().total_ns / NS_PER_S if self.fleet.kind == "stand-in" else 0.0
 
-    def terms(self) -> dict[str, float]:
-        """The limits of the SLO that are set, as manifests hold them."""
-        return {name: limit_s for name, limit_s in asdict(self.slo).items() if limit_s is not None}
-
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self.scalars),
             "shaping": asdict(self.shaping),
             "fleet": self.fleet.model_dump(),
             "policies": [policies.to_dict(policy) for policy in self.policies],
-            "slo": self.terms(),
+            "slo": self.slo.terms(),
         }
 
 
@@ -201,7 +197,7 @@ def warnings(experiment: Experiment) -> list[str]:
         found.append("the policies start with different numbers of replicas: their first minute is not comparable")
     if len(experiment.policies) < 2:
         found.append("one policy: nothing is compared")
-    if not experiment.terms():
+    if not experiment.slo.terms():
         found.append("no slo: goodput and cost per good token will not be printed")
     if price(experiment.fleet) is None:
         found.append("no price is known for this fleet: costs will be unknown; set fleet.usd_per_gpu_hour")
@@ -224,7 +220,7 @@ def manifest(experiment: Experiment, arm: Arm, table: pa.Table, *, simulated: bo
         },
         "seed": experiment.scalars.seed,
         "repeat": arm.repeat,
-        "slo": experiment.terms(),
+        "slo": experiment.slo.terms(),
         "prices": None if cost is None else {**cost._asdict(), "gpu": experiment.fleet.gpu},
         "planned_ns": int(table["arrival_at_ns"][-1].as_py()),
         "drain_ns": round(experiment.scalars.drain_s * NS_PER_S),
@@ -256,7 +252,7 @@ def create(experiment: Experiment, out: Path) -> Path:
         "name": experiment.scalars.name,
         "created_unix_ns": started_ns,
         "spec": experiment.to_dict(),
-        "slo": experiment.terms(),
+        "slo": experiment.slo.terms(),
         "arms": listing,
     }
     write_atomically(folder / "experiment.json", json.dumps(document, indent=1) + "\n")

@@ -59,7 +59,7 @@ def _gateway(experiment: Experiment, arm: Arm, folder: Path) -> Iterator[str]:
         "policy": policies.to_dict(arm.policy),
         "fleet": experiment.fleet.model_dump(),
         "seed": experiment.scalars.seed,
-        "slo": experiment.terms(),
+        "slo": experiment.slo.terms(),
     }
     (folder / "gateway.json").write_text(json.dumps(config, indent=1))
     with (folder / "gateway.log").open("wb") as log:
@@ -109,7 +109,7 @@ def _wait_ready(experiment: Experiment, url: str, progress: Progress) -> dict[st
 
 def _replay(experiment: Experiment, folder: Path, url: str, progress: Progress, *, planned_s: float) -> None:
     """Locust, headless, on the prepared trace; its output goes to locust.log, its exit code 1 means an invalid run and is kept."""
-    limits = ",".join(f"{name.removesuffix('_s')}<={seconds:g}s" for name, seconds in experiment.terms().items())
+    limits = ",".join(f"{name.removesuffix('_s')}<={seconds:g}s" for name, seconds in experiment.slo.terms().items())
     command = [
         *(sys.executable, "-m", "locust", "-f", str(Path(loadgen.__file__).parent), "--headless", "--host", url),
         *("--trace", str(folder / "trace.parquet"), "--run-dir", str(folder), "--run-id", f"{folder.parent.name}/{folder.name}"),

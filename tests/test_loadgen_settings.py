@@ -14,10 +14,11 @@ from loadgen import _requests as requests
 from loadgen import _settings as settings
 from loadgen._openai import resolve
 from loadgen._requests import Questions, RequestWriter, Row, Server
-from loadgen._settings import Settings, parse_slo
+from loadgen._settings import Settings
 from loadgen._verdict import COLUMNS, summary, verdict
 from replay.errors import InputError
 from replay.records import OUTCOME_DTYPE
+from replay.slo import Slo
 from tests import truth_server
 
 
@@ -44,7 +45,7 @@ def test_every_option_has_a_reading() -> None:
     ("given", "where"),
     [
         ({"trace": ""}, "--trace"), ({"endpoint": "chats"}, "--endpoint"), ({"from_time": "soon"}, "--from"),
-        ({"time_scale": "fast"}, "--time-scale"), ({"seed": "1.5"}, "--seed"), ({"slo": "ttft<2"}, "--slo"),
+        ({"time_scale": "fast"}, "--time-scale"), ({"seed": "1.5"}, "--seed"), ({"slo": "ttft>2"}, "--slo"),
         ({"slo": "speed<=2"}, "--slo"), ({"slo": "<=3"}, "--slo"), ({"slo": "ttft<=soon"}, "--slo ttft"),
         ({"drain": "-1"}, "--drain"),
         ({"run_id": "a b\r\nx: y"}, "--run-id"), ({"bytes_per_token": "nan"}, "--bytes-per-token"),
@@ -62,8 +63,8 @@ def test_a_missing_host_is_said() -> None:
 
 
 def test_the_slo_is_read_with_either_sign() -> None:
-    assert parse_slo("ttft<=2s, tpot=50ms,e2e <= 1m") == {"ttft_s": 2.0, "tpot_s": 0.05, "e2e_s": 60.0}
-    assert parse_slo("") == {}
+    assert Slo.parse("ttft<=2s, tpot=50ms,e2e <= 1m").terms() == {"ttft_s": 2.0, "tpot_s": 0.05, "e2e_s": 60.0}
+    assert Slo.parse("").terms() == {}
 
 
 def test_the_key_is_not_part_of_what_is_printed_or_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path: Path) -> None:
         (lambda: assemble([a, b]), "the runs declare different objectives. Try: say which one with --slo"),
         (lambda: assemble([a], baseline="c"), "--baseline: no policy is named 'c'"),
         (lambda: assemble([a], target=95), "--target: the target is 95"),
-        (lambda: Slo.parse("ttft<1"), "--slo: cannot read 'ttft<1'"),
+        (lambda: Slo.parse("ttft>1"), "--slo: cannot read 'ttft>1'"),
         (lambda: Slo.parse("ttft<=1s,ttft<=2s"), "--slo: names ttft twice"),
         (lambda: Slo.parse("ttft<=0s"), "slo: ttft_s is 0.0 (rule: a limit is above 0)"),
         (lambda: Slo.from_mapping({"itl_s": 1.0}), "slo: unknown term 'itl_s'"),

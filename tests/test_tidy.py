@@ -24,8 +24,8 @@ FLOORS = {
 # Inside replay, from the ground up; a module imports only from rows above its own (or its own row).
 STOREYS = (
     ("replay.errors", "replay.windows"),
-    ("replay.records", "replay.wire", "replay.sse", "replay.strict", "replay.slo"),
-    ("replay.traces", "replay.requests", "replay.schedule", "replay.prompts", "replay.coldstart", "replay.hardware"),
+    ("replay.records", "replay.wire", "replay.sse", "replay.strict"),
+    ("replay.traces", "replay.requests", "replay.schedule", "replay.slo", "replay.prompts", "replay.coldstart", "replay.hardware"),
     ("replay.policies.protocols", "replay.effects"),
     tuple(f"replay.policies.{role}" for role in ("balancers", "queues", "limiters", "autoscalers", "costs")),
     ("replay.fleet", "replay.engine"),
