@@ -71,6 +71,14 @@ def test_every_request_of_a_whole_run_has_one_status(tmp_path: Path) -> None:
     assert (arm.conserved, arm.faults) == (True, [])
 
 
+def test_a_host_bound_run_is_marked_and_a_free_one_is_not(tmp_path: Path) -> None:
+    for name, busy in (("bound", 0.93), ("free", 0.4)):
+        verdict = {"valid": True, "reasons": [], "host_busy_share": busy, "host_bound": busy > 0.8}
+        write_run(tmp_path / name, [row(0)], plan=plan_table(range(1)), validity=verdict)
+    assert any("host-bound" in warning and "93%" in warning for warning in report(tmp_path / "bound").warnings)
+    assert not any("host-bound" in warning for warning in report(tmp_path / "free").warnings)
+
+
 def test_zero_successes_are_reported_without_latencies(tmp_path: Path) -> None:
     rows = [Outcome(i, ns(i), ns(i), done_at_ns=ns(i + 1), status=TIMEOUT) for i in range(5)]
     write_run(tmp_path / "run", rows, plan=plan_table(range(5)))

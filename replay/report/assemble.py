@@ -292,6 +292,12 @@ def _warnings(policies: Sequence[Policy]) -> list[str]:
             warnings.append(
                 f"{policy.name}: {policy.same} repeats are an earlier simulation again, not counted; jitter the arrivals"
             )
+        if shares := [
+            found["host_busy_share"] for arm in policy.arms if (found := arm.manifest.get("validity", {})).get("host_bound")
+        ]:
+            warnings.append(
+                f"{policy.name}: host-bound, the sender's machine was {max(shares):.0%} busy; figures are partly its own"
+            )
         if not totals["ok"]:
             warnings.append(f"{policy.name}: no request succeeded, so there are no latencies of ok requests")
         if totals["no_usage"]:
