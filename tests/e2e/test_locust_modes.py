@@ -22,6 +22,7 @@ import pytest
 
 from replay.runs import RunDir
 from tests import truth_server
+from tests.e2e import processes
 
 LOADGEN = str(Path(__file__).parents[2] / "loadgen")
 REQUESTS = 60
@@ -47,11 +48,13 @@ def trace(tmp_path: Path) -> Path:
 def start(tmp_path: Path, url: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts Locust in a folder of its own; at the end nothing of it may be left."""
     started: list[subprocess.Popen[str]] = []
+    mark = processes.new_mark()
+    environment = {**os.environ, "OPENAI_API_KEY": KEY, processes.NAME: mark}
 
     def locust(*arguments: str, script: str = "plain,ttft=30,gap=2", **more: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "locust", "-f", LOADGEN, "--host", f"{url}/{script}", "--only-summary", *arguments]
         process: subprocess.Popen[str] = subprocess.Popen(
-            command, env={**os.environ, "OPENAI_API_KEY": KEY}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, start_new_session=True, **{"cwd": tmp_path, **more},
         )  # fmt: skip
         started.append(process)
@@ -62,8 +65,7 @@ def start(tmp_path: Path, url: str) -> Iterator[Callable[..., subprocess.Popen[s
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    left = [p.cmdline() for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
-    assert not left
+    assert processes.none_left(mark)
 
 
 def free_port() -> str:
