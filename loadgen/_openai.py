@@ -26,7 +26,7 @@ from gevent.hub import get_hub
 
 from loadgen._sse import Shared, Stream
 from replay.errors import InputError
-from replay.records import CANCELLED, ERROR, TIMEOUT
+from replay.records import CANCELLED, TIMEOUT
 from replay.wire import H_REPLICA, H_SERVER_TIMING
 
 READ_BYTES: Final = 65_536
@@ -290,9 +290,10 @@ class Client:
             self.abort(stream, TIMEOUT, f"no end within {timeout_ns / 1e9:g} s")
 
     def abort(self, stream: Stream, status: int, cause: str) -> None:
-        """End a stream from outside; its connection is closed, as a client that leaves would."""
-        assert status in (TIMEOUT, CANCELLED, ERROR)
-        stream.outcome, stream.cause = status, cause
+        """End a stream from outside; its connection is closed, as a client that leaves would. After [DONE] it stays what it is."""
+        assert status in (TIMEOUT, CANCELLED)
+        if stream.end_ns < 0:
+            stream.outcome, stream.cause = status, cause
         if isinstance(connection := stream.connection, Connection):
             connection.stream = None
             connection.close()

@@ -140,44 +140,27 @@ def conclude(stream: Stream, clock: Clock, *, model: bytes, tenant: bytes = b"",
     report = told or parse_server_timing(stream.server_timing)
     phases = explain(report, scheduled_ns=stream.scheduled_ns, sent_ns=stream.sent_ns, done_ns=stream.done_ns)
     prompt, output, cached = (count if count < INT32 else -1 for count in ending.usage)
-    # Tokens that came in one read lie at one instant: nothing lies between them that could be measured.
-    in_one_read = stream.first_token_ns == stream.last_token_ns
-    first_tokens = output if in_one_read and output > 0 else stream.first_chunk_tokens
     start_ns, first_ns, last_ns, done_ns = clock.start_ns, stream.first_token_ns, stream.last_token_ns, stream.done_ns
-    replica_id = told.replica_id if told else -1
-    if not told and stream.replica and re.fullmatch(rb"\d{1,9}", stream.replica):
-        replica_id = int(stream.replica)
-    row = OUTCOME_STRUCT.pack(  # in the order of records.Outcome; by name it would take twice as long (a test compares)
-        stream.request_id,
-        stream.scheduled_ns - start_ns,
-        stream.sent_ns - start_ns if stream.sent_ns >= 0 else -1,
-        report.gateway_at_unix_ns - clock.started_at_unix_ns if report and report.gateway_at_unix_ns > 0 else -1,
-        stream.first_chunk_ns - start_ns if stream.first_chunk_ns >= 0 else -1,
-        first_ns - start_ns if first_ns >= 0 else -1,
-        last_ns - start_ns if last_ns >= 0 else -1,
-        done_ns - start_ns,
-        stream.longest_gap_ns,
-        *phases,
-        *(0, 0, 0),  # trace and parent: derived from run and request
+    # Tokens that came in one read lie at one instant: nothing lies between them that could be measured.
+    first_tokens = output if last_ns == first_ns >= 0 and output > 0 else stream.first_chunk_tokens
+    gateway_at_ns = report.gateway_at_unix_ns - clock.started_at_unix_ns if report and report.gateway_at_unix_ns > 0 else -1
+    if told:
+        replica_id, attempts, queue_reason = told.replica_id, told.attempts, told.queue_reason
+    else:
+        replica_id = int(stream.replica) if stream.replica and re.fullmatch(rb"\d{1,9}", stream.replica) else -1
+        attempts, queue_reason = int(stream.sent_ns >= 0), 0
+    row = OUTCOME_STRUCT.pack(  # in the order of records.Outcome: by name it would take twice as long, and a test holds the order
+        stream.request_id, stream.scheduled_ns - start_ns, stream.sent_ns - start_ns if stream.sent_ns >= 0 else -1, gateway_at_ns,
+        stream.first_chunk_ns - start_ns if stream.first_chunk_ns >= 0 else -1, first_ns - start_ns if first_ns >= 0 else -1,
+        last_ns - start_ns if last_ns >= 0 else -1, done_ns - start_ns, stream.longest_gap_ns, *phases,
+        0, 0, 0,  # trace and parent: they derive from run and request
         stream.chunks - ending.done,  # [DONE] is an event, but no chunk of the answer
-        prompt,
-        output,
-        cached,
-        first_tokens,
-        0,  # tokens lost: only a gateway knows
-        replica_id,
-        -1,  # decode replica: not in the report yet
-        stream.http_status,
-        told.attempts if told else int(stream.sent_ns >= 0),
-        status,
-        told.queue_reason if told else 0,
-        0,  # online
-        0,  # this is the client's own row
-        tenant,
-        model,
-        session,
-        detail.encode(),
-    )
+        prompt, output, cached, first_tokens,
+        0, replica_id, -1, stream.http_status,  # tokens lost and a decode replica are not in the report
+        attempts, status, queue_reason,
+        0, 0,  # online; and this is the client's own row
+        tenant, model, session, detail.encode(),
+    )  # fmt: skip
     timed = first_ns >= 0 and output > first_tokens > 0
     return Ended(
         row=row,

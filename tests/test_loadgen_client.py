@@ -192,6 +192,16 @@ def test_a_request_that_takes_too_long_is_a_timeout_and_its_connection_is_closed
     assert not caller.client.idle
 
 
+def test_an_answer_is_complete_at_done_even_if_the_message_never_ends(url: str) -> None:
+    caller = Caller(url, "unclosed,ttft=10,gap=1")
+    caller.send(body())
+    gevent.sleep(0.3)
+    caller.client.tend(time.monotonic_ns(), timeout_ns=100_000_000)
+    [record] = caller.records
+    assert record["status"] == OK
+    assert 0 <= record["done_at_ns"] - truth(url, record)["done"] < TOLERANCE_NS
+
+
 def test_connections_are_kept_and_used_again(url: str) -> None:
     caller = Caller(url, "plain,ttft=1,gap=1")
     for _ in range(20):

@@ -62,6 +62,22 @@ def test_however_a_stream_is_cut_into_reads_it_says_the_same(cuts: list[int]) ->
     assert record["last_token_at_ns"] == instant_of(LAST_TOKEN_ENDS, pieces)
 
 
+def test_every_field_of_the_record_is_where_its_name_says() -> None:
+    stream = read_in([TEXT[:FIRST_TOKEN_ENDS], TEXT[FIRST_TOKEN_ENDS:LAST_TOKEN_ENDS], TEXT[LAST_TOKEN_ENDS:]])
+    stream.request_id, stream.scheduled_ns, stream.sent_ns = 42, 400, 500
+    row = conclude(stream, Clock(100, 2), model=b"m", tenant=b"t", session=b"s").row
+    assert Outcome(*OUTCOME_STRUCT.unpack(row))._replace(tenant=b"t", model=b"m", session_id=b"s", detail=b"") == Outcome(
+        request_id=42, scheduled_at_ns=300, sent_at_ns=400, gateway_at_ns=3, first_chunk_at_ns=900, first_token_at_ns=900,
+        last_token_at_ns=1900, done_at_ns=2900, longest_gap_ns=1000, limit_ns=0, queue_ns=1, cold_start_ns=-1, route_ns=1,
+        prefill_ns=1, decode_ns=1, retry_ns=-1, network_ns=2496, unexplained_ns=100, chunks=6, prompt_tokens=9, output_tokens=4,
+        cached_tokens=8,
+        first_chunk_tokens=1, replica_id=7, http_status=200, attempts=2, status=OK, queue_reason=3, tenant=b"t", model=b"m",
+        session_id=b"s",
+    )  # fmt: skip
+    texts = [text.rstrip(b"\0") for text in OUTCOME_STRUCT.unpack(row)[-4:]]
+    assert texts == [b"t", b"m", b"s", b""]
+
+
 def test_the_last_event_may_lack_its_line_end() -> None:
     stream = read_in([TEXT.rstrip()])
     assert conclude(stream, Clock(0, 1), model=b"m").status == OK

@@ -186,19 +186,25 @@ def reported(ask: Ask) -> Iterator[Step]:
     yield from tail(ask, end_ms(ask), extra=b": tidegauge " + b" ".join(b"%d" % n for n in numbers) + b"\n\n")
 
 
+def unclosed(ask: Ask) -> Iterator[Step]:
+    """[DONE], but the HTTP message never ends."""
+    yield from plain(ask)
+    yield Step(3_600_000, b"")
+
+
 def hang(ask: Ask) -> Iterator[Step]:
     yield Step(3_600_000, b"")
 
 
 SCRIPTS: dict[str, Callable[[Ask], Iterator[Step]]] = {
     f.__name__: f for f in (plain, text, role, reasoning, tools, several, ping, crlf, split, loose, error, nodone, cut,
-                            reported, hang)
+                            reported, unclosed, hang)
 }  # fmt: skip
 
 
 @dataclass
 class Truth:
-    """What was sent when, by request number; ``keep`` is switched off for throughput runs."""
+    """What was sent when, by request number; and the bytes of floods, made once."""
 
     stamps: dict[str, dict[str, Any]] = field(default_factory=dict)
     flood_bytes: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
