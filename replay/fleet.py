@@ -284,7 +284,8 @@ class Fleet:
         """Dispatch at once where nobody waits and a replica is free; otherwise queue, and shed the victim if there is one."""
         if len(self.policy.queue) == 0 and self._try_dispatch(now_ns, entry):
             return
-        entry.queue_reason = self._why_waiting()
+        if entry.queue_reason != HELD:  # the balancer has just said so itself
+            entry.queue_reason = NO_SLOT if self._ready else COLD_START
         victim = self.policy.queue.push(now_ns, entry.request)
         if victim is not None:
             self._shed(now_ns, victim, "queue full")
@@ -399,9 +400,6 @@ class Fleet:
         self._ready = [replica for replica in self.replicas.values() if replica.state is ReplicaState.READY]
         self._unready.set(now_ns, 0 if self._ready else 1)
         self.policy.balancer.members(now_ns, self._ready)
-
-    def _why_waiting(self) -> int:
-        return NO_SLOT if self._ready else COLD_START
 
     def _add_wait(self, now_ns: int, entry: Entry) -> None:
         """Split the wait since admission: cold start while no replica was ready, queue otherwise; after a failure all is retry."""

@@ -18,13 +18,12 @@ from replay.effects import Abort, Dispatch, Effect, Reject, Shed, StartReplica, 
 from replay.engine import FRONT_END_NS, Engine
 from replay.fleet import Fleet
 from replay.hardware import FleetSpec, price
-from replay.policies.protocols import Signals
 from replay.prompts import prefix_hashes_of
 from replay.records import ERROR, FLEET_STATE_STRUCT, LIMITED, NS_PER_S, OK, SHED, TIMEOUT, ReplicaLifetime
 from replay.requests import Request, TokenRatio, declared_output_cap, observe
 from replay.schedule import Schedule
 
-SAMPLE_NS: Final = NS_PER_S  # the time line, and the scrape of the replicas' signals
+SAMPLE_NS: Final = NS_PER_S  # the time line
 BYTES_PER_TOKEN: Final = 4  # of the prompts that the load generator makes
 
 # Kinds of agenda entries; at one instant they are taken in this order.
@@ -199,10 +198,7 @@ class Driver:
         self._carry_out(at_ns)
 
     def _sample(self, at_ns: int, _: int) -> None:
-        """Once a second: the time line, and what a scrape of the replicas says."""
-        for replica_id, engine in self._engines.items():
-            load = engine.snapshot()
-            self.fleet.signals(at_ns, replica_id, Signals(at_ns, load.running, load.waiting, load.kv_usage))
+        """Once a second: the time line. (Replicas are not scraped: the live gateway does not either, and no policy asks.)"""
         self._record_state(at_ns)
         heapq.heappush(self._agenda, (at_ns + SAMPLE_NS, _SAMPLE, 0))
 

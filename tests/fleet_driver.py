@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
-from replay.effects import Abort, Dispatch, Effect, Reject, Shed, StartReplica, StopReplica
+from replay.effects import Dispatch, Effect, StartReplica
 from replay.fleet import Fleet
 from replay.policies import spec
 from replay.records import NS_PER_S
@@ -71,5 +71,3 @@ class Story:
                 self._push(self.now_ns + self.cold_start_ns, "replica_ready", effect.replica_id)
             elif isinstance(effect, Dispatch):
                 self._push(self.now_ns + self.service_ns, "finish", effect.request_id, 100, 10)
-            else:
-                assert isinstance(effect, Abort | Reject | Shed | StopReplica) or effect is not None

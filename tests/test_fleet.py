@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.effects import COLD_START, NO_SLOT, Abort, Dispatch, DrainReplica, Reject, Shed, StartReplica, StopReplica
+from replay.effects import COLD_START, HELD, NO_SLOT, Abort, Dispatch, DrainReplica, Reject, Shed, StartReplica, StopReplica
 from replay.fleet import Fleet
 from replay.policies import spec
+from replay.policies.balancers import LeastOutstanding
 from replay.records import CANCELLED, ERROR, LIMITED, OK, SHED, STATUSES
 from tests.fleet_driver import S, Story, request
 
@@ -42,6 +43,25 @@ def test_waiting_for_a_slot_is_queue() -> None:
     story.run(20)
     waits = [(at, dispatch.queue_ns / S, dispatch.queue_reason) for at, dispatch in story.effects(Dispatch)]
     assert waits == [(10.0, 0.0, 0), (11.0, 1.0, NO_SLOT), (12.0, 2.0, NO_SLOT)]
+
+
+class HoldsUntil(LeastOutstanding):
+    """Holds every request until a given second, as a balancer that watches a token budget does."""
+
+    until_ns = 12 * S
+
+    def pick(self, now_ns: int, *arguments: Any, **more: Any) -> int | None:
+        return super().pick(now_ns, *arguments, **more) if now_ns >= self.until_ns else None
+
+
+def test_a_request_that_the_balancer_holds_says_so() -> None:
+    story = Story(policy())
+    story.fleet.policy.balancer = HoldsUntil()
+    story.arrivals([11.0])
+    story.at(12, "wake")
+    story.run(20)
+    [(at, dispatch)] = story.effects(Dispatch)
+    assert (at, dispatch.queue_ns, dispatch.queue_reason) == (12.0, 1 * S, HELD)
 
 
 def test_a_full_queue_sheds_the_newcomer_and_a_long_wait_sheds_the_head() -> None:
